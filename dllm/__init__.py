@@ -1,0 +1,1 @@
+"""dllm: train, decode and evaluate masked-diffusion language models."""

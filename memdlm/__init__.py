@@ -1,0 +1,1 @@
+"""memdlm: memory between the denoising steps of a diffusion language model."""
