@@ -1,0 +1,79 @@
+"""The loss: token NLL on gathered positions, its weights and its normaliser. The only place that weighs and normalises.
+
+Shapes: B rows, L positions, N loss positions of the whole batch (flat indices into [B * L]), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+
+from dllm.core.schedulers import BaseAlphaScheduler
+
+WeightType = Literal["scheduler", "uniform"]
+NormType = Literal["token", "sequence", "batch"]
+
+
+def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """-log softmax(logits)[target] per position, computed in float32: float32 [N].
+
+    Args:
+        logits: [N, V], any floating dtype (float64 stays float64).
+        targets: int64 [N].
+    """
+    precise = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(precise, targets, reduction="none")
+
+
+def loss_weights(t: torch.Tensor, scheduler: BaseAlphaScheduler, weight_type: WeightType) -> torch.Tensor:
+    """Weight of each row's masked positions, [B]: w(t) of the schedule, or 1 for "uniform"."""
+    if weight_type == "scheduler":
+        return scheduler.weight(t)
+    if weight_type == "uniform":
+        return torch.ones_like(t)
+    raise ValueError(
+        f"unknown loss_weight_type {weight_type!r}: choose one of {', '.join(get_args(WeightType))}"
+    )
+
+
+def normaliser(counts: torch.Tensor, norm_type: NormType) -> torch.Tensor:
+    """Factor that multiplies every term of row b, float64 [B], so that the sum of all terms is the wanted mean.
+
+    With n_b = counts[b]: "token" 1 / sum_b n_b; "sequence" 1 / (n_b * B); "batch" 1 / B. A count of 0 is read as 1: such a row has
+    no terms, and the loss stays 0 instead of 0 / 0.
+
+    Args:
+        counts: int or float [B]; maskable positions in the outer loss, positions of the loss mask in the inner loss.
+    """
+    counts, rows = counts.double(), counts.shape[0]
+    if norm_type == "token":
+        return (1 / counts.sum().clamp(min=1)).expand(rows)
+    if norm_type == "sequence":
+        return 1 / (counts.clamp(min=1) * rows)
+    if norm_type == "batch":
+        return torch.full_like(counts, 1 / rows)
+    raise ValueError(f"unknown loss_norm_type {norm_type!r}: choose one of {', '.join(get_args(NormType))}")
+
+
+def normalise(
+    nll: torch.Tensor,
+    positions: torch.Tensor,
+    length: int,
+    row_weights: torch.Tensor,
+    counts: torch.Tensor,
+    norm_type: NormType,
+) -> torch.Tensor:
+    """Weighted, normalised loss: sum_i nll_i * w[row_i] * normaliser(counts)[row_i], a scalar.
+
+    Args:
+        nll: float [N].
+        positions: int64 [N], flat indices into [B * L] (row = position // L).
+        length: L.
+        row_weights: w, float [B] (see `loss_weights`).
+        counts: [B] (see `normaliser`).
+        norm_type: "token", "sequence" or "batch".
+    """
+    per_row = row_weights * normaliser(counts, norm_type).to(row_weights.dtype)  # [B]
+    return (nll * per_row[positions // length]).sum()

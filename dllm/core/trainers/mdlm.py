@@ -1,0 +1,273 @@
+"""MDLMTrainer: the masked-diffusion objective on transformers.Trainer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from torch.utils.data import Dataset, IterableDataset
+
+from dllm.core.losses import NormType, WeightType, loss_weights, normalise, token_nll
+from dllm.core.schedulers import BaseAlphaScheduler, get_alpha_scheduler_class, make_alpha_scheduler
+from dllm.core.trainers.meters import (
+    NLLMetric,
+    OnEvaluateMetricsCallback,
+    PPLMetric,
+    StepClock,
+    peak_memory_mib,
+)
+from dllm.data.collators import Batch, NoisingCollator, PaddingCollator
+from dllm.models.backbone import unwrap
+from dllm.models.spec import spec_of
+from dllm.utils.args import TrainingArguments
+
+
+@dataclass
+class MDLMConfig(TrainingArguments):
+    """Settings of the masked-diffusion objective, on top of the training arguments."""
+
+    time_epsilon: float = field(
+        default=1e-3,
+        metadata={"help": "Smallest diffusion time drawn, in (0, 1): t ~ U(time_epsilon, 1) per sequence."},
+    )
+    alpha_scheduler: str = field(
+        default="linear",
+        metadata={"help": "Masking schedule alpha(t): linear or cosine (see dllm.core.schedulers)."},
+    )
+    loss_weight_type: WeightType = field(
+        default="scheduler",
+        metadata={
+            "help": "Weight of a masked position: scheduler = -alpha'(t) / (1 - alpha(t)), uniform = 1."
+        },
+    )
+    loss_norm_type: NormType = field(
+        default="token",
+        metadata={
+            "help": "What the summed loss is divided by: token = maskable positions of the batch, "
+            "sequence = maskable positions of the row times rows, batch = rows."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.time_epsilon < 1:
+            raise ValueError(f"time_epsilon must lie in (0, 1), got {self.time_epsilon}")
+        get_alpha_scheduler_class(self.alpha_scheduler)
+
+
+class MDLMTrainer(transformers.Trainer):
+    """Trains a masked-diffusion LM: mask with t ~ U(eps, 1), predict the masked tokens, weigh by w(t) (arXiv 2502.09992, equation 3).
+
+    Overrides `compute_loss` (the objective, on the collator's masks, head on masked positions only) and `prediction_step`.
+
+    Args:
+        model: a model of `dllm.models`, also PEFT-wrapped.
+        args: an `MDLMConfig`.
+        processing_class: the tokenizer; it must have a mask token and a pad token.
+        data_collator: pads rows to {"input_ids", "labels"[, "attention_mask"]}; None pads as LLaDA does (`PaddingCollator`).
+        scheduler: a masking schedule; None makes the one that `args.alpha_scheduler` names.
+        Everything else as in transformers.Trainer.
+
+    Raises:
+        ValueError: no mask or pad token, an iterable data set without example ids, reentrant activation checkpointing.
+    """
+
+    # compute_loss returns the mean over its own batch, so Trainer must divide by gradient_accumulation_steps. transformers < 5.20
+    # looks at the second flag, later versions at the first.
+    loss_is_scaled_for_ga = False
+    model_accepts_loss_kwargs = False
+
+    args: MDLMConfig
+
+    def __init__(
+        self,
+        model=None,
+        args: MDLMConfig | None = None,
+        data_collator: Callable[[list[Batch]], Batch] | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class: transformers.PreTrainedTokenizerBase | None = None,
+        scheduler: BaseAlphaScheduler | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is None or processing_class is None:
+            raise ValueError(
+                f"{type(self).__name__} needs args (an MDLMConfig) and processing_class (the tokenizer)"
+            )
+        _check_tokens(processing_class)
+        _check_checkpointing(args)
+        self.lm = unwrap(model)
+        self.spec = spec_of(self.lm)
+        self.scheduler_alpha = scheduler or make_alpha_scheduler(args.alpha_scheduler)
+        pad = data_collator or PaddingCollator(processing_class.pad_token_id)
+        self.eval_collator = self.make_collator(pad, args, processing_class, "eval")
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=self.make_collator(pad, args, processing_class, "train"),
+            train_dataset=with_example_ids(train_dataset),
+            eval_dataset=with_example_ids(eval_dataset),
+            processing_class=processing_class,
+            **kwargs,
+        )
+        # Trainer's __init__ infers this from the signature of forward and would overwrite the class attribute.
+        self.model_accepts_loss_kwargs = False
+        self.clock = StepClock()
+        self.eval_metrics = OnEvaluateMetricsCallback(self, {"nll": NLLMetric(), "ppl": PPLMetric()})
+        self.num_empty_batches = 0
+        for callback in (self.clock, self.eval_metrics, _SetEpoch(self.data_collator)):
+            self.add_callback(callback)
+
+    def make_collator(self, pad, args: MDLMConfig, tokenizer, stream: str) -> NoisingCollator:
+        """The collator of one stream ("train" or "eval"); a subclass that needs more in a batch returns its own."""
+        return NoisingCollator(pad, **self._noising_settings(args, tokenizer, stream))
+
+    def _noising_settings(self, args: MDLMConfig, tokenizer, stream: str) -> dict[str, Any]:
+        return {
+            "scheduler": self.scheduler_alpha,
+            "mask_token_id": tokenizer.mask_token_id,
+            "time_epsilon": args.time_epsilon,
+            "seed": args.data_seed if args.data_seed is not None else args.seed,
+            "stream": stream,
+            "logit_shift": self.spec.logit_shift,
+        }
+
+    def forward_loss_positions(self, model, inputs: Batch):
+        """The model's output on the noised input, with logits [N, V] of the masked positions only."""
+        return model(
+            input_ids=inputs["noised_ids"],
+            attention_mask=inputs.get("attention_mask"),
+            logit_positions=inputs["loss_positions"] - self.spec.logit_shift,
+        )
+
+    def weighted_loss(self, logits: torch.Tensor, inputs: Batch, norm_type: NormType) -> torch.Tensor:
+        """The objective on `logits` [N, V] of the batch's masked positions: a scalar."""
+        positions = inputs["loss_positions"]
+        nll = token_nll(logits, inputs["input_ids"].reshape(-1)[positions])
+        weights = loss_weights(inputs["t"], self.scheduler_alpha, self.args.loss_weight_type)
+        return normalise(
+            nll, positions, inputs["input_ids"].shape[1], weights, inputs["num_maskable"], norm_type
+        )
+
+    def compute_loss(self, model, inputs: Batch, return_outputs: bool = False, num_items_in_batch=None):
+        """Masked-diffusion loss of a collated batch; a batch with nothing maskable has loss 0 and is counted in the log."""
+        outputs = self.forward_loss_positions(model, inputs)
+        loss = self.weighted_loss(outputs.logits, inputs, self.args.loss_norm_type)
+        if outputs.aux_loss is not None:
+            loss = loss + self.lm.config.router_aux_loss_coef * outputs.aux_loss
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model, inputs: Batch, num_items_in_batch=None) -> torch.Tensor:
+        # Counted where the batch still lies on the CPU: reading the sum from the device would wait for it.
+        self.num_empty_batches += int(not inputs["maskable"].any())
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def prediction_step(self, model, inputs: Batch, prediction_loss_only: bool, ignore_keys=None):
+        """(loss, None, None): logits of a diffusion LM at random masks are of no use to compute_metrics."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            tokens = inputs["num_maskable"].sum()
+            per_token = self.weighted_loss(outputs.logits, inputs, "token")
+        for name in ("nll", "ppl"):
+            self.eval_metrics.update(name, per_token, tokens)
+        return loss.detach(), None, None
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        if not isinstance(eval_dataset, str):
+            eval_dataset = with_example_ids(eval_dataset)
+        with self._collating_with(self.eval_collator):
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        with self._collating_with(self.eval_collator):
+            return super().get_test_dataloader(with_example_ids(test_dataset))
+
+    @contextlib.contextmanager
+    def _collating_with(self, collator: NoisingCollator) -> Iterator[None]:
+        # Trainer knows one collator; evaluation needs masks that do not change from epoch to epoch.
+        training_collator, self.data_collator = self.data_collator, collator
+        try:
+            yield
+        finally:
+            self.data_collator = training_collator
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            seconds = self.clock.read()
+            if seconds is not None:
+                logs["step_seconds"] = round(seconds, 4)
+            logs["peak_memory_mib"] = round(peak_memory_mib(self.args.device), 1)
+            if self.num_empty_batches:
+                logs["empty_batches"] = self.num_empty_batches
+        super().log(logs, start_time)
+
+
+class _SetEpoch(transformers.TrainerCallback):
+    """Tells the training collator which epoch's masks to draw."""
+
+    def __init__(self, collator: NoisingCollator) -> None:
+        self.collator = collator
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        # state.epoch is fractional when a run resumes inside an epoch; the small term absorbs the rounding of (steps / steps).
+        self.collator.set_epoch(int((state.epoch or 0.0) + 1e-6))
+
+
+class _WithExampleIds(Dataset):
+    """A map-style data set whose rows get their index as `example_id`."""
+
+    def __init__(self, rows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Batch:
+        return {**self.rows[index], "example_id": index}
+
+
+def with_example_ids(dataset):
+    """`dataset` with an `example_id` in every row (its index, unless the rows have one already); None and dicts of data sets pass through.
+
+    Raises:
+        ValueError: an iterable data set without the column: it has no index to number its rows by.
+    """
+    if dataset is None:
+        return None
+    if isinstance(dataset, dict):
+        return {name: with_example_ids(part) for name, part in dataset.items()}
+    if isinstance(dataset, (IterableDataset, datasets.IterableDataset)):
+        if "example_id" in (dataset.column_names or []):
+            return dataset
+        raise ValueError("an iterable data set needs an `example_id` column (int): masks are drawn from it")
+    if isinstance(dataset, datasets.Dataset):
+        if "example_id" in dataset.column_names:
+            return dataset
+        return dataset.add_column("example_id", list(range(len(dataset))))
+    return _WithExampleIds(dataset) if len(dataset) and "example_id" not in dataset[0] else dataset
+
+
+def _check_tokens(tokenizer) -> None:
+    if tokenizer.mask_token_id is None:
+        raise ValueError(
+            "the tokenizer has no mask token: load it with dllm.utils.get_tokenizer or set tokenizer.mask_token"
+        )
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            "the tokenizer has no pad token: load it with dllm.utils.get_tokenizer or set tokenizer.pad_token"
+        )
+
+
+def _check_checkpointing(args: TrainingArguments) -> None:
+    settings = args.gradient_checkpointing_kwargs or {}
+    if args.gradient_checkpointing and settings.get("use_reentrant", False):
+        raise ValueError(
+            "reentrant activation checkpointing cannot be used: torch.autograd.grad fails under it; "
+            "pass --gradient_checkpointing_kwargs '{\"use_reentrant\": false}'"
+        )

@@ -1,0 +1,159 @@
+"""Collators: rows of token ids -> a padded, noised batch, on the CPU.
+
+Masks, times, flat loss positions and counts are made here, so that a training step never waits for the device to count.
+Shapes: B rows, L positions, N masked positions of the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from dllm.core.noising import draw_noise, draw_times, flat_positions, make_generator, mask_tokens
+from dllm.core.schedulers import BaseAlphaScheduler
+
+IGNORE_INDEX = -100  # label of a position that is never masked and never in the loss
+
+Batch = dict[str, Any]
+
+
+class PaddingCollator:
+    """Pads rows on the right to the longest one: {"input_ids", "labels"}, int64 [B, L], no attention mask.
+
+    Padding is end-of-text that stays visible to attention and, with `train_on_padding` (LLaDA's way: the model learns where an answer
+    ends), is masked and trained on like any other token of the answer.
+
+    Args:
+        pad_token_id: id put behind the end of a row.
+        train_on_padding: label padding with `pad_token_id` (True) or with -100 (False).
+    """
+
+    def __init__(self, pad_token_id: int, train_on_padding: bool = True) -> None:
+        self.pad_token_id = pad_token_id
+        self.label_pad_token_id = pad_token_id if train_on_padding else IGNORE_INDEX
+
+    def __call__(self, rows: Sequence[Batch]) -> Batch:
+        def pad(key: str, value: int) -> torch.Tensor:
+            tensors = [torch.as_tensor(row[key], dtype=torch.int64) for row in rows]
+            return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+        return {
+            "input_ids": pad("input_ids", self.pad_token_id),
+            "labels": pad("labels", self.label_pad_token_id),
+        }
+
+
+class NoisingCollator:
+    """Pads with another collator, then draws the outer denoising state of every row.
+
+    A row's draws depend on (seed, stream, epoch, example id) alone, not on its batch, the device, the world size or a resumption.
+    Calling it returns
+        input_ids        int64 [B, L]  clean tokens
+        noised_ids       int64 [B, L]  the mask token at the masked positions
+        maskable         bool  [B, L]  label != -100 (and, for families with a logit shift, not the first position)
+        is_masked        bool  [B, L]
+        t                float32 [B]   diffusion time, U(time_epsilon, 1)
+        loss_positions   int64 [N]     flat indices of the masked positions into [B * L]
+        num_maskable     int64 [B]
+        example_id       int64 [B]
+        attention_mask   int64 [B, L]  only if `pad` makes one
+
+    Args:
+        pad: collator of {"input_ids", "labels"} rows; gets nothing but the keys of `model_keys`.
+        scheduler, mask_token_id, time_epsilon: see `dllm.core.noising.mask_tokens`.
+        seed: seed of all draws.
+        stream: "train" draws anew every epoch; any other name (such as "eval") has the same masks in each.
+        logit_shift: 1 where the logit of position p - 1 predicts token p; the first position has no such logit.
+
+    Raises:
+        ValueError: a row lacks a key, is empty, or has labels that differ from its input_ids at a maskable position.
+    """
+
+    model_keys = ("input_ids", "labels", "attention_mask")
+
+    def __init__(
+        self,
+        pad: Callable[[Sequence[Batch]], Batch],
+        *,
+        scheduler: BaseAlphaScheduler,
+        mask_token_id: int,
+        time_epsilon: float = 1e-3,
+        seed: int = 42,
+        stream: str = "train",
+        logit_shift: int = 0,
+    ) -> None:
+        self.pad = pad
+        self.scheduler = scheduler
+        self.mask_token_id = mask_token_id
+        self.time_epsilon = time_epsilon
+        self.seed = seed
+        self.stream = stream
+        self.logit_shift = logit_shift
+        # In shared memory: worker processes that outlive an epoch must see the next one.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes the following batches draw the masks of `epoch`; no effect on a stream other than "train"."""
+        if self.stream == "train":
+            self._epoch.fill_(epoch)
+
+    def row_generators(self, example_id: torch.Tensor, purpose: str) -> list[torch.Generator]:
+        """One CPU generator per row for `purpose`; two purposes of one row never share draws."""
+        epoch = int(self._epoch)
+        return [make_generator(self.seed, self.stream, epoch, int(i), purpose) for i in example_id]
+
+    def __call__(self, rows: Sequence[Batch]) -> Batch:
+        example_id = torch.tensor([_example_id(row) for row in rows])
+        padded = self.pad([{key: row[key] for key in self.model_keys if key in row} for row in rows])
+        input_ids, labels = padded["input_ids"], padded["labels"]
+        maskable = labels != IGNORE_INDEX  # [B, L]
+        _check_labels(input_ids, labels, maskable, example_id)
+        maskable[:, : self.logit_shift] = False
+
+        generators = self.row_generators(example_id, "outer")
+        t = draw_times(generators, self.time_epsilon)
+        noise = draw_noise(generators, input_ids.shape[1])
+        noised = mask_tokens(
+            input_ids, maskable, t, noise=noise, scheduler=self.scheduler, mask_token_id=self.mask_token_id
+        )
+        batch = {
+            "input_ids": input_ids,
+            "noised_ids": noised.noised_ids,
+            "maskable": maskable,
+            "is_masked": noised.is_masked,
+            "t": t,
+            "loss_positions": flat_positions(noised.is_masked),
+            "num_maskable": maskable.sum(dim=1),
+            "example_id": example_id,
+        }
+        if "attention_mask" in padded:
+            batch["attention_mask"] = padded["attention_mask"]
+        return batch
+
+
+def _example_id(row: Batch) -> int:
+    for key in ("input_ids", "labels", "example_id"):
+        if key not in row:
+            raise ValueError(
+                f"a row has no {key!r} (it has: {', '.join(row)}): tokenise the data with default_sft_map_fn "
+                "and pass it through post_process_dataset"
+            )
+    if len(row["input_ids"]) == 0 or len(row["input_ids"]) != len(row["labels"]):
+        raise ValueError(
+            f"example {row['example_id']} has {len(row['input_ids'])} input_ids and {len(row['labels'])} labels: "
+            "give it as many labels as tokens, at least one"
+        )
+    return row["example_id"]
+
+
+def _check_labels(
+    input_ids: torch.Tensor, labels: torch.Tensor, maskable: torch.Tensor, example_id: torch.Tensor
+) -> None:
+    wrong = (maskable & (labels != input_ids)).any(dim=1)
+    if wrong.any():
+        raise ValueError(
+            f"labels differ from input_ids at maskable positions of example {int(example_id[wrong][0])}: a diffusion model "
+            "predicts the token in place, so set each label to its input id or to -100 (do not shift them)"
+        )

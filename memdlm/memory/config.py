@@ -1,0 +1,172 @@
+"""Every setting of Parametric Memory, declared once. Flags (`--mem_*`) and model arguments are made from this class."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_type_hints
+
+from dllm.core.losses import NormType, WeightType
+
+FLAG_PREFIX = "mem_"
+
+MaskingStrategy = Literal[
+    "pmc", "progressive_memory_consistent", "progressive_memory", "pre_only", "no_progressive"
+]
+InnerLossType = Literal["ce", "distill", "distill_reverse", "distill_hidden"]
+
+
+def _setting(default: Any, help: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class MemoryConfig:
+    """Settings of the inner loop (MemDLM, arXiv 2603.22241). Defaults are the published ones for training.
+
+    Raises:
+        ValueError: a value out of its range, a pair that cannot take effect together, or a setting that is not built yet.
+    """
+
+    enabled: bool = _setting(
+        False, "Write fast weights from each batch and train the base model with them in place."
+    )
+    num_inner_steps: int = _setting(2, "K, states of the inner trajectory, at least 1.")
+    num_inner_epochs: int = _setting(1, "How often the trajectory is gone through, at least 1.")
+    masking_strategy: MaskingStrategy = _setting(
+        "pmc", "Inner trajectory. pmc (= progressive_memory_consistent) ends at the outer anchor state."
+    )
+    mask_ratio_epsilon: float = _setting(
+        1e-3, "Accepted because published scripts pass it; it has no effect."
+    )
+    prompt_mask_ratio: float = _setting(
+        0.2, "Share of masked positions in the last state where there is no outer anchor, in (0, 1)."
+    )
+    progressive_consistent_start_scale: float = _setting(
+        1.5, "s: the first pmc state masks s times the anchor's share (at most all), at least 1."
+    )
+    inner_loss_type: InnerLossType = _setting("ce", "Inner objective.")
+    distill_temperature: float = _setting(1.0, "Temperature of distill and distill_reverse, above 0.")
+    distill_hidden_type: Literal["mse", "cosine"] = _setting("mse", "Distance of distill_hidden.")
+    inner_loss_mask_mode: Literal["student_masked", "newly_revealed"] = _setting(
+        "student_masked",
+        "Positions of the inner loss: all masked ones, or those that the next state reveals "
+        "(all masked ones where it reveals nothing).",
+    )
+    inner_lr: float = _setting(0.1, "Learning rate of the inner SGD, at least 0.")
+    inner_grad_clip: float = _setting(1.0, "Largest gradient norm in the inner loop; 0 turns the clip off.")
+    inner_rank: int = _setting(32, "Rank r of the LoRA fast weights, at least 1.")
+    inner_alpha: float = _setting(64.0, "LoRA alpha: the product is scaled by alpha / r.")
+    inner_dropout: float = _setting(0.0, "Must be 0: the inner loop runs without dropout.")
+    inner_layer_fraction: float = _setting(
+        0.1, "Share of the layers, counted from the last, that get fast weights, in (0, 1]."
+    )
+    inner_target_modules: str = _setting(
+        "gate_proj,up_proj,down_proj", "Roles of the adapted linears, separated by commas."
+    )
+    inner_adapter_type: Literal["lora", "full"] = _setting("lora", "Low-rank or dense fast weights.")
+    pad_unmask_mode: Literal["none", "inner", "both"] = _setting(
+        "none", "Where padding is never masked: nowhere, in the inner loop, or in both loops."
+    )
+    sync_inner: bool = _setting(True, "Average the inner gradients over data-parallel ranks.")
+    inner_gradient_checkpointing: bool = _setting(
+        True,
+        "Where the model itself recomputes activations, do so in the inner loop too; false keeps them there.",
+    )
+    scope: Literal["batch", "row"] = _setting(
+        "batch", "One set of fast weights for the micro-batch, or one per sequence."
+    )
+    inner_target: Literal["response", "prompt", "disjoint"] = _setting(
+        "response", "What the fast weights are fitted to."
+    )
+    clip_kind: Literal["tensor", "global"] = _setting(
+        "tensor", "Clip each A and each B on its own, or all together."
+    )
+    seed: int = _setting(42, "Seed of the initial fast weights.")
+    loss_weight_type: WeightType = _setting(
+        "uniform", "Weight of the inner loss; in training that of the outer loss.", evaluation_only=True
+    )
+    loss_norm_type: NormType = _setting(
+        "token", "Normaliser of the inner loss; in training that of the outer loss.", evaluation_only=True
+    )
+
+    def __post_init__(self) -> None:
+        if self.masking_strategy == "progressive_memory_consistent":
+            self.masking_strategy = "pmc"
+        self._check_choices()
+        self._check_ranges()
+        self._check_unbuilt()
+        if self.mask_ratio_epsilon != MemoryConfig.mask_ratio_epsilon:
+            warnings.warn("mem_mask_ratio_epsilon has no effect; drop it", stacklevel=3)
+
+    def _check_choices(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            allowed = get_args(hint)  # empty for a type that is not a Literal
+            if allowed and getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{FLAG_PREFIX}{name} is {getattr(self, name)!r}: choose one of {', '.join(map(str, allowed))}"
+                )
+
+    def _check_ranges(self) -> None:
+        rules = (
+            ("num_inner_steps", self.num_inner_steps >= 1, "at least 1"),
+            ("num_inner_epochs", self.num_inner_epochs >= 1, "at least 1"),
+            ("prompt_mask_ratio", 0 < self.prompt_mask_ratio < 1, "in (0, 1)"),
+            (
+                "progressive_consistent_start_scale",
+                self.progressive_consistent_start_scale >= 1,
+                "at least 1",
+            ),
+            ("distill_temperature", self.distill_temperature > 0, "above 0"),
+            ("inner_lr", self.inner_lr >= 0, "at least 0"),
+            ("inner_grad_clip", self.inner_grad_clip >= 0, "at least 0 (0 turns the clip off)"),
+            ("inner_rank", self.inner_rank >= 1, "at least 1"),
+            ("inner_alpha", self.inner_alpha > 0, "above 0"),
+            ("inner_dropout", self.inner_dropout == 0, "0: the inner loop runs without dropout"),
+            ("inner_layer_fraction", 0 < self.inner_layer_fraction <= 1, "in (0, 1]"),
+            (
+                "inner_target_modules",
+                bool(self.target_roles),
+                "at least one role, such as gate_proj,up_proj,down_proj",
+            ),
+        )
+        for name, holds, wanted in rules:
+            if not holds:
+                raise ValueError(f"{FLAG_PREFIX}{name} must be {wanted}, got {getattr(self, name)!r}")
+
+    def _check_unbuilt(self) -> None:
+        built = {
+            "masking_strategy": ("pmc",),
+            "inner_loss_type": ("ce",),
+            "inner_adapter_type": ("lora",),
+            "pad_unmask_mode": ("none",),
+            "scope": ("batch",),
+            "inner_target": ("response",),
+        }
+        for name, values in built.items():
+            if getattr(self, name) not in values:
+                raise ValueError(
+                    f"{FLAG_PREFIX}{name}={getattr(self, name)} is not available yet: use {' or '.join(values)}"
+                )
+
+    @property
+    def target_roles(self) -> tuple[str, ...]:
+        """`inner_target_modules` as a tuple of roles."""
+        return tuple(role.strip() for role in self.inner_target_modules.split(",") if role.strip())
+
+    @classmethod
+    def from_flags(cls, flags: Any, **overrides: Any) -> MemoryConfig:
+        """The settings held by the `mem_*` attributes of `flags` (see `flag_fields`); `overrides` set the others by name."""
+        values = {name.removeprefix(FLAG_PREFIX): getattr(flags, name) for name, _, _ in flag_fields()}
+        return cls(**{**values, **overrides})
+
+
+def flag_fields() -> list[tuple[str, Any, dataclasses.Field]]:
+    """(name, type, field) of every training flag: each field of MemoryConfig with the prefix `mem_`, less those for evaluation only."""
+    hints = get_type_hints(MemoryConfig)
+    return [
+        (FLAG_PREFIX + f.name, hints[f.name], field(default=f.default, metadata=dict(f.metadata)))
+        for f in dataclasses.fields(MemoryConfig)
+        if "evaluation_only" not in f.metadata
+    ]

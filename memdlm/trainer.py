@@ -1,0 +1,177 @@
+"""MemDLMTrainer: masked-diffusion training with Parametric Memory in place."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, make_dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torchmetrics.aggregation import MeanMetric
+
+from dllm.core.trainers.mdlm import MDLMConfig, MDLMTrainer
+from dllm.data.collators import Batch, NoisingCollator
+from memdlm.memory.collator import MemoryCollator, inner_steps
+from memdlm.memory.config import MemoryConfig, flag_fields
+from memdlm.memory.inner_loop import InnerReport
+from memdlm.memory.parametric import ParametricMemory
+
+# `mem_*`: one field per setting of MemoryConfig, so that a flag is declared once.
+_MemoryFlags = make_dataclass("_MemoryFlags", flag_fields())
+_MemoryFlags.__module__ = __name__
+
+
+@dataclass
+class MemDLMConfig(MDLMConfig, _MemoryFlags):  # pyright: ignore[reportGeneralTypeIssues, reportUntypedBaseClass]
+    """`MDLMConfig` plus the settings of `MemoryConfig`, each with the prefix `mem_`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.memory()
+
+    def memory(self) -> MemoryConfig:
+        """The memory's settings; in training its loss is weighted and normalised like the outer one.
+
+        Raises:
+            ValueError: see `MemoryConfig`.
+        """
+        return MemoryConfig.from_flags(
+            self, loss_weight_type=self.loss_weight_type, loss_norm_type=self.loss_norm_type
+        )
+
+
+class MemDLMTrainer(MDLMTrainer):
+    """`MDLMTrainer` that writes fast weights from each batch and takes the loss with them in place (MemDLM, arXiv 2603.22241).
+
+    With `mem_enabled` false it is `MDLMTrainer`, bit for bit. Overrides
+        forward_loss_positions  the forward writes the memory at the split point
+        training_step           the memory stays in place until after backward
+        prediction_step         adds `eval_memory_loss`; `eval_loss` stays the loss without memory
+    and logs, at every logging step, `loss_without_memory` (same batch, memory taken away) and what the inner loop did. The loss with
+    memory is conditioned on the very labels that it asks for: it is no evidence of learning (docs/memory.md).
+
+    Raises:
+        ValueError: torch.compile, FSDP or ZeRO-3 together with memory, or the errors of `ParametricMemory`.
+    """
+
+    MemDLMConfig = MemDLMConfig
+
+    args: MemDLMConfig
+
+    def __init__(self, model=None, args: MemDLMConfig | None = None, **kwargs: Any) -> None:
+        if args is not None:
+            self.memory_config = args.memory()
+        super().__init__(model=model, args=args, **kwargs)
+        self.memory: ParametricMemory | None = None
+        if not self.memory_config.enabled:
+            return
+        self._refuse_engines()
+        self.memory = ParametricMemory(self.lm, self.memory_config, self.scheduler_alpha)
+        self.eval_metrics.metrics["memory_loss"] = MeanMetric()
+        self._writes: list[InnerReport] = []
+        self._losses_without_memory: list[torch.Tensor] = []
+
+    def _refuse_engines(self) -> None:
+        if self.args.torch_compile:
+            raise ValueError(
+                "memory and torch.compile cannot be combined (compiled code ignores hooks): drop --torch_compile"
+            )
+        sharded = self.is_fsdp_enabled or (
+            self.accelerator.distributed_type == DistributedType.DEEPSPEED
+            and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        )
+        if sharded:
+            raise ValueError(
+                "memory with sharded parameters (FSDP, ZeRO-3) is not available yet: use DDP or ZeRO-1/2"
+            )
+
+    def make_collator(self, pad, args: MemDLMConfig, tokenizer, stream: str) -> NoisingCollator:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not self.memory_config.enabled:
+            return super().make_collator(pad, args, tokenizer, stream)
+        return MemoryCollator(
+            pad, config=self.memory_config, **self._noising_settings(args, tokenizer, stream)
+        )
+
+    def forward_loss_positions(self, model, inputs: Batch):
+        if self.memory is None or not self.memory.fast.is_attached:
+            return super().forward_loss_positions(model, inputs)
+        steps = inner_steps(inputs)
+        # A block of its own: weights that autocast copies here, without gradients, must not reach the forward below.
+        with self.accelerator.autocast():
+            prefixes = self.memory.prefixes(steps, inputs.get("attention_mask"))
+        training = model.training
+        seed_parts = ("train", self.state.global_step) if training else ("eval",)
+        with self.memory.writing(
+            steps,
+            prefixes,
+            inputs["input_ids"],
+            initial=self.memory.initial(*seed_parts),
+            reduce_gradient=self._average if training and self._sync_inner else None,
+            before_write=self._loss_without_memory(inputs) if training and self._logs_this_step else None,
+        ):
+            outputs = super().forward_loss_positions(model, inputs)
+        if training and self.memory.report is not None:
+            self._writes.append(self.memory.report)
+        return outputs
+
+    def training_step(self, model, inputs: Batch, num_items_in_batch=None) -> torch.Tensor:
+        if self.memory is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        with self.memory.attached():
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def prediction_step(self, model, inputs: Batch, prediction_loss_only: bool, ignore_keys=None):
+        result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if self.memory is not None:
+            inputs = self._prepare_inputs(inputs)
+            with torch.no_grad(), self.memory.attached():
+                loss = self.compute_loss(model, inputs)
+            self.eval_metrics.update("memory_loss", loss, float(len(inputs["input_ids"])))
+        return result
+
+    @property
+    def _sync_inner(self) -> bool:
+        return self.memory_config.sync_inner and self.accelerator.num_processes > 1
+
+    def _average(self, gradient: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(gradient, reduction="mean")  # pyright: ignore[reportReturnType]
+
+    @property
+    def _logs_this_step(self) -> bool:
+        step = self.state.global_step + 1
+        every = max(1, int(self.state.logging_steps))
+        return step % every == 0 or (step == 1 and self.args.logging_first_step)
+
+    def _loss_without_memory(self, inputs: Batch):
+        def observe(hidden: torch.Tensor, layer_inputs: dict[str, Any]) -> None:
+            assert self.memory is not None
+            logits = self.memory.readout(hidden, layer_inputs, inputs["loss_positions"])
+            loss = self.weighted_loss(logits, inputs, self.args.loss_norm_type)
+            self._losses_without_memory.append(loss.detach())
+
+        return observe
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.memory is not None and self._writes:
+            logs.update(self._memory_logs())
+        super().log(logs, start_time)
+
+    def _memory_logs(self) -> dict[str, float]:
+        """Means over the writes since the last log, on this rank; `loss_without_memory` is that of the logged step's batches."""
+        writes, self._writes = self._writes, []
+        without, self._losses_without_memory = self._losses_without_memory, []
+        values = {"mem_change": float(torch.stack([write.change for write in writes]).mean())}
+        if without:
+            values["loss_without_memory"] = float(torch.stack(without).mean())
+        for field in ("losses", "grad_norms", "skipped"):
+            per_step = (
+                torch.stack([dataclasses.asdict(write)[field] for write in writes]).mean(dim=0).tolist()
+            )
+            name = {"losses": "inner_loss", "grad_norms": "inner_grad_norm", "skipped": "inner_skipped"}[
+                field
+            ]
+            values.update(
+                {f"mem_{name}_{index + 1}": round(value, 6) for index, value in enumerate(per_step)}
+            )
+        return values
