@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Everything that must hold before a change is taken: lint, format, types, tests.
+#
+#   bash scripts/test.sh [--distributed] [--slow] [-- arguments for pytest]
+#
+# From any folder, on a machine with only Python >= 3.10: makes .venv on the first call. After that no network is
+# used. --distributed adds the two-process tests, --slow the long ones; `-- -m gpu` runs those that need a GPU.
+# The last line is pytest's own summary, unless a check before it failed: then that check is named.
+set -euo pipefail
+
+source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
+
+usage="usage: bash scripts/test.sh [--distributed] [--slow] [-- pytest arguments]"
+distributed=0
+slow=0
+while (($#)); do
+    case "$1" in
+        --distributed) distributed=1 ;;
+        --slow) slow=1 ;;
+        -h | --help) echo "$usage" && exit 0 ;;
+        --) shift && break ;;
+        *) die "unknown option '$1'; $usage" 2 ;;
+    esac
+    shift
+done
+
+ensure_env dev quant
+
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export HF_HUB_DISABLE_PROGRESS_BARS=1
+# The tensors are tiny: more threads only wait for each other.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+marks="not gpu"
+((distributed)) || marks="$marks and not distributed"
+((slow)) || marks="$marks and not slow"
+
+failed=()
+check() {
+    echo "== $1"
+    "$VENV_PYTHON" -m "${@:2}" || failed+=("$1")
+}
+
+check "ruff check" ruff check .
+check "ruff format" ruff format --check .
+check "pyright" pyright
+check "pytest" pytest -m "$marks" "$@"
+
+if ((${#failed[@]})) && [[ "${failed[*]}" != "pytest" ]]; then
+    echo "failed: $(printf '%s, ' "${failed[@]}" | sed 's/, $//')" >&2
+fi
+exit $((${#failed[@]} > 0))
