@@ -36,19 +36,19 @@ class MemDLMConfig(MDLMConfig, _MemoryFlags):  # pyright: ignore[reportGeneralTy
         Raises:
             ValueError: see `MemoryConfig`.
         """
-        return MemoryConfig.from_flags(
-            self, loss_weight_type=self.loss_weight_type, loss_norm_type=self.loss_norm_type
-        )
+        return MemoryConfig.from_flags(self, loss_weight_type=self.loss_weight_type, loss_norm_type=self.loss_norm_type)
 
 
 class MemDLMTrainer(MDLMTrainer):
-    """`MDLMTrainer` that writes fast weights from each batch and takes the loss with them in place (MemDLM, arXiv 2603.22241).
+    """`MDLMTrainer` that writes fast weights from each batch and takes the loss with them in place (MemDLM, arXiv
+    2603.22241).
 
     With `mem_enabled` false it is `MDLMTrainer`, bit for bit. Overrides
         forward_loss_positions  the forward writes the memory at the split point
         training_step           the memory stays in place until after backward
         prediction_step         adds `eval_memory_loss`; `eval_loss` stays the loss without memory
-    and logs, at every logging step, `loss_without_memory` (same batch, memory taken away) and what the inner loop did. The loss with
+    and logs, at every logging step, `loss_without_memory` (same batch, memory taken away) and what the inner loop did.
+    The loss with
     memory is conditioned on the very labels that it asks for: it is no evidence of learning (docs/memory.md).
 
     Raises:
@@ -82,16 +82,12 @@ class MemDLMTrainer(MDLMTrainer):
             and self.accelerator.state.deepspeed_plugin.zero_stage == 3
         )
         if sharded:
-            raise ValueError(
-                "memory with sharded parameters (FSDP, ZeRO-3) is not available yet: use DDP or ZeRO-1/2"
-            )
+            raise ValueError("memory with sharded parameters (FSDP, ZeRO-3) is not available yet: use DDP or ZeRO-1/2")
 
-    def make_collator(self, pad, args: MemDLMConfig, tokenizer, stream: str) -> NoisingCollator:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def make_collator(self, pad, args: MemDLMConfig, tokenizer, stream: str) -> NoisingCollator:
         if not self.memory_config.enabled:
             return super().make_collator(pad, args, tokenizer, stream)
-        return MemoryCollator(
-            pad, config=self.memory_config, **self._noising_settings(args, tokenizer, stream)
-        )
+        return MemoryCollator(pad, config=self.memory_config, **self._noising_settings(args, tokenizer, stream))
 
     def forward_loss_positions(self, model, inputs: Batch):
         if self.memory is None or not self.memory.fast.is_attached:
@@ -158,20 +154,15 @@ class MemDLMTrainer(MDLMTrainer):
         super().log(logs, start_time)
 
     def _memory_logs(self) -> dict[str, float]:
-        """Means over the writes since the last log, on this rank; `loss_without_memory` is that of the logged step's batches."""
+        """Means over the writes since the last log, on this rank; `loss_without_memory` is that of the logged step's
+        batches."""
         writes, self._writes = self._writes, []
         without, self._losses_without_memory = self._losses_without_memory, []
         values = {"mem_change": float(torch.stack([write.change for write in writes]).mean())}
         if without:
             values["loss_without_memory"] = float(torch.stack(without).mean())
         for field in ("losses", "grad_norms", "skipped"):
-            per_step = (
-                torch.stack([dataclasses.asdict(write)[field] for write in writes]).mean(dim=0).tolist()
-            )
-            name = {"losses": "inner_loss", "grad_norms": "inner_grad_norm", "skipped": "inner_skipped"}[
-                field
-            ]
-            values.update(
-                {f"mem_{name}_{index + 1}": round(value, 6) for index, value in enumerate(per_step)}
-            )
+            per_step = torch.stack([dataclasses.asdict(write)[field] for write in writes]).mean(dim=0).tolist()
+            name = {"losses": "inner_loss", "grad_norms": "inner_grad_norm", "skipped": "inner_skipped"}[field]
+            values.update({f"mem_{name}_{index + 1}": round(value, 6) for index, value in enumerate(per_step)})
         return values

@@ -33,16 +33,14 @@ def loss_weights(t: torch.Tensor, scheduler: BaseAlphaScheduler, weight_type: We
         return scheduler.weight(t)
     if weight_type == "uniform":
         return torch.ones_like(t)
-    raise ValueError(
-        f"unknown loss_weight_type {weight_type!r}: choose one of {', '.join(get_args(WeightType))}"
-    )
+    raise ValueError(f"unknown loss_weight_type {weight_type!r}: choose one of {', '.join(get_args(WeightType))}")
 
 
 def normaliser(counts: torch.Tensor, norm_type: NormType) -> torch.Tensor:
     """Factor that multiplies every term of row b, float64 [B], so that the sum of all terms is the wanted mean.
 
-    With n_b = counts[b]: "token" 1 / sum_b n_b; "sequence" 1 / (n_b * B); "batch" 1 / B. A count of 0 is read as 1: such a row has
-    no terms, and the loss stays 0 instead of 0 / 0.
+    With n_b = counts[b]: "token" 1 / sum_b n_b; "sequence" 1 / (n_b * B); "batch" 1 / B. A count of 0 is read as 1:
+    such a row has no terms, and the loss stays 0 instead of 0 / 0.
 
     Args:
         counts: int or float [B]; maskable positions in the outer loss, positions of the loss mask in the inner loss.

@@ -1,8 +1,8 @@
 """Masking: the only place that turns clean tokens into a noised state.
 
 Shapes: B rows, L positions. `maskable` marks the positions that may be masked (label != -100).
-Nothing here draws from a global generator: a row's draws come from (seed, epoch, example id), so masks do not depend on the batch
-a row sits in, on the device, on the number of processes or on a resumption.
+Nothing here draws from a global generator: a row's draws come from (seed, epoch, example id), so masks do not depend on
+the batch a row sits in, on the device, on the number of processes or on a resumption.
 """
 
 from __future__ import annotations
@@ -81,5 +81,6 @@ def apply_mask(input_ids: torch.Tensor, is_masked: torch.Tensor, mask_token_id: 
 
 
 def flat_positions(selected: torch.Tensor) -> torch.Tensor:
-    """Indices into [B * L] of the True entries of `selected` [B, L], ascending: int64 [N]. Call it on the CPU: it counts."""
+    """Indices into [B * L] of the True entries of `selected` [B, L], ascending: int64 [N]. Call it on the CPU: it
+    counts."""
     return selected.reshape(-1).nonzero(as_tuple=True)[0]

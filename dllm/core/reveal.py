@@ -1,4 +1,5 @@
-"""Which masked positions a denoising step commits: how many, by which confidence. No loops over rows, no draws without a generator.
+"""Which masked positions a denoising step commits: how many, by which confidence. No loops over rows, no draws without
+a generator.
 
 Shapes: B rows, L positions, V vocabulary, S steps.
 """
@@ -13,7 +14,8 @@ Remasking = Literal["low_confidence", "random", "margin", "entropy"]
 
 
 def get_num_transfer_tokens(num_masked: torch.Tensor, steps: int) -> torch.Tensor:
-    """How many tokens each row commits at each step: int64 [B, S], row sums equal `num_masked`, earlier steps take the remainder.
+    """How many tokens each row commits at each step: int64 [B, S], row sums equal `num_masked`, earlier steps take the
+    remainder.
 
     Args:
         num_masked: int64 [B].
@@ -33,9 +35,11 @@ def get_num_transfer_tokens(num_masked: torch.Tensor, steps: int) -> torch.Tenso
 def add_gumbel_noise(
     logits: torch.Tensor, temperature: float, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Logits whose argmax is a sample from softmax(logits / temperature); the logits themselves at temperature 0 (nothing is drawn).
+    """Logits whose argmax is a sample from softmax(logits / temperature); the logits themselves at temperature 0
+    (nothing is drawn).
 
-    Computed in float64: in lower precision the noise of the maximum is distorted and sampling collapses (arXiv 2409.02908).
+    Computed in float64: in lower precision the noise of the maximum is distorted and sampling collapses (arXiv
+    2409.02908).
     """
     if temperature == 0:
         return logits
@@ -50,7 +54,8 @@ def confidence(
 ) -> torch.Tensor:
     """How sure the model is of each proposed token, higher is surer: float [..., ].
 
-    "low_confidence" p(token); "margin" p of the best minus p of the second; "entropy" minus the entropy of p; "random" a uniform draw.
+    "low_confidence" p(token); "margin" p of the best minus p of the second; "entropy" minus the entropy of p; "random"
+    a uniform draw.
 
     Args:
         logits: [..., V].
@@ -88,8 +93,7 @@ def choose_positions(scores: torch.Tensor, allowed: torch.Tensor, counts: torch.
 
 
 def choose_above(scores: torch.Tensor, allowed: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Allowed positions whose score exceeds `threshold`, and in every row at least the best allowed one: bool [B, L]."""
-    best = choose_positions(
-        scores, allowed, torch.ones(scores.shape[0], dtype=torch.int64, device=scores.device)
-    )
+    """Allowed positions whose score exceeds `threshold`, and in every row at least the best allowed one: bool [B,
+    L]."""
+    best = choose_positions(scores, allowed, torch.ones(scores.shape[0], dtype=torch.int64, device=scores.device))
     return best | (allowed & (scores > threshold))

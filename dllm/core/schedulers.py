@@ -1,7 +1,7 @@
 """Masking schedules alpha(t): the probability that a token is still visible at time t in [0, 1].
 
-alpha falls from 1 at t = 0 (clean) to 0 at t = 1 (all masked); a maskable token is masked with probability 1 - alpha(t).
-A new schedule is a subclass with `alpha` and `alpha_derivative`; it registers itself under its class name.
+alpha falls from 1 at t = 0 (clean) to 0 at t = 1 (all masked); a maskable token is masked with probability 1 -
+alpha(t). A new schedule is a subclass with `alpha` and `alpha_derivative`; it registers itself under its class name.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from abc import ABC, abstractmethod
 
 import torch
 
-# Keeps the weight finite at t = 0, where 1 - alpha(t) is 0; at the smallest t in use (1e-3) it changes the weight by 0.1 %.
+# Keeps the weight finite at t = 0, where 1 - alpha(t) is 0; at the smallest t in use (1e-3) it changes the weight by
+# 0.1 %.
 WEIGHT_EPSILON = 1e-6
 
 
@@ -33,9 +34,11 @@ class BaseAlphaScheduler(ABC):
         """d alpha / dt at time t; never positive."""
 
     def weight(self, t: torch.Tensor) -> torch.Tensor:
-        """Loss weight of a masked position: w(t) = -alpha'(t) / (1 - alpha(t) + 1e-6), which is 1 / (t + 1e-6) for the linear schedule.
+        """Loss weight of a masked position: w(t) = -alpha'(t) / (1 - alpha(t) + 1e-6), which is 1 / (t + 1e-6) for the
+        linear schedule.
 
-        It turns the mean cross-entropy over masked positions into the negative ELBO (MDLM, arXiv 2406.07524, equation 10).
+        It turns the mean cross-entropy over masked positions into the negative ELBO (MDLM, arXiv 2406.07524, equation
+        10).
         """
         return -self.alpha_derivative(t) / (1 - self.alpha(t) + WEIGHT_EPSILON)
 

@@ -22,8 +22,8 @@ Batch = dict[str, Any]
 class PaddingCollator:
     """Pads rows on the right to the longest one: {"input_ids", "labels"}, int64 [B, L], no attention mask.
 
-    Padding is end-of-text that stays visible to attention and, with `train_on_padding` (LLaDA's way: the model learns where an answer
-    ends), is masked and trained on like any other token of the answer.
+    Padding is end-of-text that stays visible to attention and, with `train_on_padding` (LLaDA's way: the model learns
+    where an answer ends), is masked and trained on like any other token of the answer.
 
     Args:
         pad_token_id: id put behind the end of a row.
@@ -48,8 +48,8 @@ class PaddingCollator:
 class NoisingCollator:
     """Pads with another collator, then draws the outer denoising state of every row.
 
-    A row's draws depend on (seed, stream, epoch, example id) alone, not on its batch, the device, the world size or a resumption.
-    Calling it returns
+    A row's draws depend on (seed, stream, epoch, example id) alone, not on its batch, the device, the world size or a
+    resumption. Calling it returns
         input_ids        int64 [B, L]  clean tokens
         noised_ids       int64 [B, L]  the mask token at the masked positions
         maskable         bool  [B, L]  label != -100 (and, for families with a logit shift, not the first position)
@@ -154,6 +154,6 @@ def _check_labels(
     wrong = (maskable & (labels != input_ids)).any(dim=1)
     if wrong.any():
         raise ValueError(
-            f"labels differ from input_ids at maskable positions of example {int(example_id[wrong][0])}: a diffusion model "
-            "predicts the token in place, so set each label to its input id or to -100 (do not shift them)"
+            f"labels differ from input_ids at maskable positions of example {int(example_id[wrong][0])}: a diffusion "
+            "model predicts the token in place, so set each label to its input id or to -100 (do not shift them)"
         )

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from dllm.core.noising import draw_noise, flat_positions
 from dllm.data.collators import Batch, NoisingCollator
 from memdlm.memory.config import MemoryConfig
@@ -15,7 +13,8 @@ from memdlm.memory.trajectory import TRAJECTORIES, loss_mask
 
 
 class MemoryCollator(NoisingCollator):
-    """A `NoisingCollator` whose batch also holds `memory_steps`: one dict of `InnerStep` fields per state of the trajectory.
+    """A `NoisingCollator` whose batch also holds `memory_steps`: one dict of `InnerStep` fields per state of the
+    trajectory.
 
     The outer draws are those of `NoisingCollator` to the bit; the trajectory draws from generators of its own.
 

@@ -11,9 +11,7 @@ from dllm.core.losses import NormType, WeightType
 
 FLAG_PREFIX = "mem_"
 
-MaskingStrategy = Literal[
-    "pmc", "progressive_memory_consistent", "progressive_memory", "pre_only", "no_progressive"
-]
+MaskingStrategy = Literal["pmc", "progressive_memory_consistent", "progressive_memory", "pre_only", "no_progressive"]
 InnerLossType = Literal["ce", "distill", "distill_reverse", "distill_hidden"]
 
 
@@ -26,20 +24,17 @@ class MemoryConfig:
     """Settings of the inner loop (MemDLM, arXiv 2603.22241). Defaults are the published ones for training.
 
     Raises:
-        ValueError: a value out of its range, a pair that cannot take effect together, or a setting that is not built yet.
+        ValueError: a value out of its range, a pair that cannot take effect together, or a setting that is not built
+        yet.
     """
 
-    enabled: bool = _setting(
-        False, "Write fast weights from each batch and train the base model with them in place."
-    )
+    enabled: bool = _setting(False, "Write fast weights from each batch and train the base model with them in place.")
     num_inner_steps: int = _setting(2, "K, states of the inner trajectory, at least 1.")
     num_inner_epochs: int = _setting(1, "How often the trajectory is gone through, at least 1.")
     masking_strategy: MaskingStrategy = _setting(
         "pmc", "Inner trajectory. pmc (= progressive_memory_consistent) ends at the outer anchor state."
     )
-    mask_ratio_epsilon: float = _setting(
-        1e-3, "Accepted because published scripts pass it; it has no effect."
-    )
+    mask_ratio_epsilon: float = _setting(1e-3, "Accepted because published scripts pass it; it has no effect.")
     prompt_mask_ratio: float = _setting(
         0.2, "Share of masked positions in the last state where there is no outer anchor, in (0, 1)."
     )
@@ -80,9 +75,7 @@ class MemoryConfig:
     inner_target: Literal["response", "prompt", "disjoint"] = _setting(
         "response", "What the fast weights are fitted to."
     )
-    clip_kind: Literal["tensor", "global"] = _setting(
-        "tensor", "Clip each A and each B on its own, or all together."
-    )
+    clip_kind: Literal["tensor", "global"] = _setting("tensor", "Clip each A and each B on its own, or all together.")
     seed: int = _setting(42, "Seed of the initial fast weights.")
     loss_weight_type: WeightType = _setting(
         "uniform", "Weight of the inner loss; in training that of the outer loss.", evaluation_only=True
@@ -157,13 +150,15 @@ class MemoryConfig:
 
     @classmethod
     def from_flags(cls, flags: Any, **overrides: Any) -> MemoryConfig:
-        """The settings held by the `mem_*` attributes of `flags` (see `flag_fields`); `overrides` set the others by name."""
+        """The settings held by the `mem_*` attributes of `flags` (see `flag_fields`); `overrides` set the others by
+        name."""
         values = {name.removeprefix(FLAG_PREFIX): getattr(flags, name) for name, _, _ in flag_fields()}
         return cls(**{**values, **overrides})
 
 
 def flag_fields() -> list[tuple[str, Any, dataclasses.Field]]:
-    """(name, type, field) of every training flag: each field of MemoryConfig with the prefix `mem_`, less those for evaluation only."""
+    """(name, type, field) of every training flag: each field of MemoryConfig with the prefix `mem_`, less those for
+    evaluation only."""
     hints = get_type_hints(MemoryConfig)
     return [
         (FLAG_PREFIX + f.name, hints[f.name], field(default=f.default, metadata=dict(f.metadata)))

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
+from dllm.models.backbone import Backbone
+from dllm.models.spec import ModelSpec
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from dllm.core.noising import make_generator
-from dllm.models.backbone import Backbone
-from dllm.models.spec import ModelSpec
 
 
 def first_adapted_layer(num_layers: int, fraction: float) -> int:
@@ -59,7 +59,8 @@ def find_targets(
                 targets[f"{prefix}.{index}.{name}"] = module
     if not targets:
         raise ValueError(
-            f"mem_inner_target_modules={','.join(roles)} match no linear in layers {start} to {len(backbone.layers) - 1}"
+            f"mem_inner_target_modules={','.join(roles)} match no linear in the layers from {start} on: "
+            f"name roles that these layers have, or raise mem_inner_layer_fraction"
         )
     return targets
 
@@ -67,9 +68,9 @@ def find_targets(
 class FastWeights:
     """LoRA fast weights for a set of linears: y_i = linear_i(x) + (alpha / R) * (x A_i^T) B_i^T while attached and set.
 
-    All values are kept as ONE flat float32 tensor [P], in the order A_0, B_0, A_1, B_1, ...: one gradient, one norm kernel per
-    step, one all-reduce. A_i is [R, in_i], B_i is [out_i, R]. They are applied in the dtype of the activation.
-    Unset ("not written") adds nothing: the model is the base model bit for bit.
+    All values are kept as ONE flat float32 tensor [P], in the order A_0, B_0, A_1, B_1, ...: one gradient, one norm
+    kernel per step, one all-reduce. A_i is [R, in_i], B_i is [out_i, R]. They are applied in the dtype of the
+    activation. Unset ("not written") adds nothing: the model is the base model bit for bit.
 
     Args:
         targets: name -> linear (plain, quantised or PEFT-wrapped).
@@ -116,9 +117,7 @@ class FastWeights:
             self._pairs = None
             return
         if flat.shape != (self.numel,):
-            raise ValueError(
-                f"fast weights have {self.numel} numbers, got a tensor of shape {tuple(flat.shape)}"
-            )
+            raise ValueError(f"fast weights have {self.numel} numbers, got a tensor of shape {tuple(flat.shape)}")
         matrices = self.views(flat)
         self._pairs = list(zip(matrices[::2], matrices[1::2], strict=True))
 
@@ -134,7 +133,8 @@ class FastWeights:
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[FastWeights]:
-        """Hooks on the linears for the time of the block; leaving it, also by an exception, unsets the memory and removes them.
+        """Hooks on the linears for the time of the block; leaving it, also by an exception, unsets the memory and
+        removes them.
 
         Raises:
             RuntimeError: already attached.
@@ -144,8 +144,7 @@ class FastWeights:
                 "these fast weights are already attached: leave the first `attached()` block before a second"
             )
         handles = [
-            module.register_forward_hook(self._make_hook(index))
-            for index, module in enumerate(self.targets.values())
+            module.register_forward_hook(self._make_hook(index)) for index, module in enumerate(self.targets.values())
         ]
         self._attached = True
         try:
@@ -157,9 +156,7 @@ class FastWeights:
             self.set(None)
 
     def _make_hook(self, index: int):
-        def hook(
-            module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
-        ) -> torch.Tensor | None:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
             if self._pairs is None:
                 return None
             (x,) = args

@@ -2,8 +2,8 @@
 
     phi_k = phi_{k-1} - lr * clip(grad_phi L_inner(phi_{k-1}, state_k)),   k = 1..K     (MemDLM, arXiv 2603.22241)
 
-First order: phi_K is a constant for the outer loss. Only phi gets gradients (torch.autograd.grad), the slow weights get none.
-Nothing here reads a number back from the device.
+First order: phi_K is a constant for the outer loss. Only phi gets gradients (torch.autograd.grad), the slow weights get
+none. Nothing here reads a number back from the device.
 Shapes: B rows, L positions, N loss positions of a step, P numbers in phi, S inner steps done (K times epochs).
 """
 
@@ -64,9 +64,7 @@ def inner_loss(
     losses = OBJECTIVES[config.inner_loss_type](logits, targets)  # [N]
     num_rows, length = step.noised_ids.shape
     rows = step.loss_positions // length  # [N]
-    bad = torch.zeros(num_rows, device=logits.device).index_add(
-        0, rows, (~losses.detach().isfinite()).float()
-    )  # [B]
+    bad = torch.zeros(num_rows, device=logits.device).index_add(0, rows, (~losses.detach().isfinite()).float())  # [B]
     keep = (bad == 0)[rows]  # [N]
     counts = torch.zeros(num_rows, device=logits.device).index_add(0, rows, keep.float())  # [B]
     weights = loss_weights(step.t, scheduler, config.loss_weight_type)
@@ -104,8 +102,8 @@ def fit(
         fast: attached fast weights.
         initial: phi_0, flat float32 [P].
         steps: the trajectory.
-        readout: index of a step -> (logits [N, V], true tokens int64 [N]) at its loss positions, computed with the fast weights in
-            place.
+        readout: index of a step -> (logits [N, V], true tokens int64 [N]) at its loss positions, computed with the fast
+            weights in place.
         config: learning rate, clip, epochs, and what `inner_loss` reads.
         scheduler: gives the weight w(t).
         reduce_gradient: averages a flat gradient [P] over data-parallel ranks; None keeps each rank's own.

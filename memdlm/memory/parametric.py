@@ -1,9 +1,9 @@
 """ParametricMemory: the fast weights of one model, and writing them inside a forward of that model.
 
-The layers below `start` (the first one with fast weights) do not depend on the memory. So the states before the anchor run through
-them once, batched, without gradients; the anchor's pass through them is the outer forward itself: at the split point it hands over
-its hidden state, the inner loop runs on the layers above, and the same forward goes on with the memory in place.
-Shapes: B rows, L positions, D hidden, N loss positions, V vocabulary.
+The layers below `start` (the first one with fast weights) do not depend on the memory. So the states before the anchor
+run through them once, batched, without gradients; the anchor's pass through them is the outer forward itself: at the
+split point it hands over its hidden state, the inner loop runs on the layers above, and the same forward goes on with
+the memory in place. Shapes: B rows, L positions, D hidden, N loss positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
-
-from dllm.core.schedulers import BaseAlphaScheduler, LinearAlphaScheduler
 from dllm.core.split import at_layer
 from dllm.models.backbone import unwrap
 from dllm.models.spec import spec_of
+from torch import nn
+
+from dllm.core.schedulers import BaseAlphaScheduler, LinearAlphaScheduler
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.fast_weights import FastWeights, find_targets, first_adapted_layer
 from memdlm.memory.inner_loop import InnerReport, InnerStep, fit
@@ -46,9 +46,7 @@ class ParametricMemory:
         ValueError: targets that match nothing, a fraction that leaves no layer.
     """
 
-    def __init__(
-        self, model: nn.Module, config: MemoryConfig, scheduler: BaseAlphaScheduler | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, config: MemoryConfig, scheduler: BaseAlphaScheduler | None = None) -> None:
         self.config = config
         self.scheduler = scheduler or LinearAlphaScheduler()
         self.lm = unwrap(model)
@@ -72,10 +70,9 @@ class ParametricMemory:
         return self.fast.initial(self.config.seed, *seed_parts, device=self.backbone.device)
 
     @torch.no_grad()
-    def prefixes(
-        self, steps: Sequence[InnerStep], attention_mask: torch.Tensor | None
-    ) -> list[torch.Tensor | None]:
-        """Hidden state [B, L, D] before layer `start` of each state, None for the anchor; one batched pass, no dropout."""
+    def prefixes(self, steps: Sequence[InnerStep], attention_mask: torch.Tensor | None) -> list[torch.Tensor | None]:
+        """Hidden state [B, L, D] before layer `start` of each state, None for the anchor; one batched pass, no
+        dropout."""
         own = [step.noised_ids for step in steps if not step.is_anchor]
         if not own:
             return [None] * len(steps)
@@ -96,10 +93,11 @@ class ParametricMemory:
         reduce_gradient: Reduce | None = None,
         before_write: Callable[[torch.Tensor, LayerInputs], None] | None = None,
     ) -> Iterator[None]:
-        """While open, a forward of the model on the anchor state writes the memory at the split point and goes on with it.
+        """While open, a forward of the model on the anchor state writes the memory at the split point and goes on with
+        it.
 
-        `report` then holds what happened. The anchor's hidden state is that of the outer forward, with its dropout if it has any;
-        the replayed layers run without.
+        `report` then holds what happened. The anchor's hidden state is that of the outer forward, with its dropout if
+        it has any; the replayed layers run without.
 
         Args:
             steps: the trajectory; the attention mask of the forward holds for all of its states.
@@ -140,17 +138,14 @@ class ParametricMemory:
         states, layer_inputs = [], {}
         with evaluating(self.backbone):
             for step in steps:
-                split = self.backbone(
-                    input_ids=step.noised_ids, attention_mask=attention_mask, stop_at=self.start
-                )
+                split = self.backbone(input_ids=step.noised_ids, attention_mask=attention_mask, stop_at=self.start)
                 states.append(split.hidden)
                 layer_inputs = split.layer_inputs
         return self._write(steps, states, layer_inputs, input_ids, initial, reduce_gradient)
 
-    def readout(
-        self, hidden: torch.Tensor, layer_inputs: LayerInputs, positions: torch.Tensor
-    ) -> torch.Tensor:
-        """Logits [N, V] that predict the tokens at flat `positions` [N], from the hidden state [B, L, D] before layer `start`."""
+    def readout(self, hidden: torch.Tensor, layer_inputs: LayerInputs, positions: torch.Tensor) -> torch.Tensor:
+        """Logits [N, V] that predict the tokens at flat `positions` [N], from the hidden state [B, L, D] before layer
+        `start`."""
         recomputes = any(layer.gradient_checkpointing for layer in self.backbone.layers)
         checkpoint = self.config.inner_gradient_checkpointing and recomputes
         last = self.backbone.run_layers(hidden, layer_inputs, self.start, checkpoint=checkpoint)
@@ -184,8 +179,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_autocast_cache() -> Iterator[None]:
-    # autocast keeps the low-precision copy of a weight for the whole forward. A copy made without gradients, used again by the outer
-    # forward, would cut that weight off from its gradient.
+    # autocast keeps the low-precision copy of a weight for the whole forward. A copy made without gradients, used again
+    # by the outer forward, would cut that weight off from its gradient.
     enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

@@ -1,7 +1,7 @@
 """Inner trajectories: the denoising states that the fast weights are fitted to, cut from the true tokens.
 
-A trajectory is a pure function of clean tokens, the outer anchor mask and uniform noise; it runs in the collator, on the CPU.
-Shapes: B rows, L positions, K inner steps. An entry in `TRAJECTORIES` adds one.
+A trajectory is a pure function of clean tokens, the outer anchor mask and uniform noise; it runs in the collator, on
+the CPU. Shapes: B rows, L positions, K inner steps. An entry in `TRAJECTORIES` adds one.
 """
 
 from __future__ import annotations
@@ -40,15 +40,16 @@ def pmc(
 ) -> list[InnerState]:
     """Progressive, ends exactly at the outer anchor (MemDLM, arXiv 2603.22241, "anchor-consistent" trajectory).
 
-    Per row, with m maskable positions and the anchor mask M, r = |M| / m: the first state masks M and random further positions, up
-    to int(m * min(1, max(s * r, r))) in all. Of the n extra positions still masked with k steps left, the next state reveals
-    ceil(n / k); the last state is the anchor. K = 1 is the first state alone.
+    Per row, with m maskable positions and the anchor mask M, r = |M| / m: the first state masks M and random further
+    positions, up to int(m * min(1, max(s * r, r))) in all. Of the n extra positions still masked with k steps left, the
+    next state reveals ceil(n / k); the last state is the anchor. K = 1 is the first state alone.
 
     Args:
         input_ids: clean tokens, int64 [B, L].
         maskable: bool [B, L].
         anchor: M, bool [B, L], inside `maskable`.
-        noise: uniform draws, [B, L]; extras are masked in ascending order of their noise, and the last of them revealed first.
+        noise: uniform draws, [B, L]; extras are masked in ascending order of their noise, and the last of them revealed
+            first.
         mask_token_id: id of the mask token.
         config: `num_inner_steps` K and `progressive_consistent_start_scale` s are read.
     """
@@ -86,8 +87,8 @@ def pmc(
 def loss_mask(state: InnerState, mode: str) -> torch.Tensor:
     """Positions of a step's inner loss, bool [B, L].
 
-    "student_masked": all masked ones. "newly_revealed": those that the next state reveals; at the last state, which has no next, all
-    masked ones. A row may have none: it then has no part in that step.
+    "student_masked": all masked ones. "newly_revealed": those that the next state reveals; at the last state, which has
+    no next, all masked ones. A row may have none: it then has no part in that step.
     """
     if mode == "newly_revealed" and state.next_is_masked is not None:
         return state.is_masked & ~state.next_is_masked

@@ -31,9 +31,7 @@ def test_choose_positions_equals_sorting_each_row() -> None:
 
 
 def test_choose_positions_breaks_ties_by_position() -> None:
-    chosen = choose_positions(
-        torch.zeros(1, 5), torch.tensor([[False, True, True, True, True]]), torch.tensor([2])
-    )
+    chosen = choose_positions(torch.zeros(1, 5), torch.tensor([[False, True, True, True, True]]), torch.tensor([2]))
     assert chosen[0].tolist() == [False, True, True, False, False]
 
 
@@ -52,9 +50,7 @@ def test_confidences_against_naive() -> None:
     tolerance = {"atol": 1e-6}
     best = p.sort(dim=-1, descending=True).values
     assert torch.allclose(confidence(logits, tokens, "low_confidence").double(), best[..., 0], **tolerance)
-    assert torch.allclose(
-        confidence(logits, tokens, "margin").double(), best[..., 0] - best[..., 1], **tolerance
-    )
+    assert torch.allclose(confidence(logits, tokens, "margin").double(), best[..., 0] - best[..., 1], **tolerance)
     assert torch.allclose(confidence(logits, tokens, "entropy").double(), (p * p.log()).sum(-1), **tolerance)
     generator = torch.Generator().manual_seed(1)
     drawn = confidence(logits, tokens, "random", generator)

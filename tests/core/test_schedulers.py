@@ -28,9 +28,7 @@ def test_weights_against_formulas() -> None:
     assert torch.allclose(LinearAlphaScheduler().weight(t), 1 / (t + 1e-6), rtol=1e-12)
     angle = [math.pi / 2 * (1 - float(v)) for v in t]
     expected = [math.pi / 2 * math.sin(a) / (math.cos(a) + 1e-6) for a in angle]
-    assert torch.allclose(
-        CosineAlphaScheduler().weight(t), torch.tensor(expected, dtype=torch.float64), rtol=1e-12
-    )
+    assert torch.allclose(CosineAlphaScheduler().weight(t), torch.tensor(expected, dtype=torch.float64), rtol=1e-12)
     assert torch.isfinite(LinearAlphaScheduler().weight(torch.zeros(1))).all()
 
 

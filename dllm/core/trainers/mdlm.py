@@ -41,9 +41,7 @@ class MDLMConfig(TrainingArguments):
     )
     loss_weight_type: WeightType = field(
         default="scheduler",
-        metadata={
-            "help": "Weight of a masked position: scheduler = -alpha'(t) / (1 - alpha(t)), uniform = 1."
-        },
+        metadata={"help": "Weight of a masked position: scheduler = -alpha'(t) / (1 - alpha(t)), uniform = 1."},
     )
     loss_norm_type: NormType = field(
         default="token",
@@ -61,15 +59,18 @@ class MDLMConfig(TrainingArguments):
 
 
 class MDLMTrainer(transformers.Trainer):
-    """Trains a masked-diffusion LM: mask with t ~ U(eps, 1), predict the masked tokens, weigh by w(t) (arXiv 2502.09992, equation 3).
+    """Trains a masked-diffusion LM: mask with t ~ U(eps, 1), predict the masked tokens, weigh by w(t) (arXiv
+    2502.09992, equation 3).
 
-    Overrides `compute_loss` (the objective, on the collator's masks, head on masked positions only) and `prediction_step`.
+    Overrides `compute_loss` (the objective, on the collator's masks, head on masked positions only) and
+    `prediction_step`.
 
     Args:
         model: a model of `dllm.models`, also PEFT-wrapped.
         args: an `MDLMConfig`.
         processing_class: the tokenizer; it must have a mask token and a pad token.
-        data_collator: pads rows to {"input_ids", "labels"[, "attention_mask"]}; None pads as LLaDA does (`PaddingCollator`).
+        data_collator: pads rows to {"input_ids", "labels"[, "attention_mask"]}; None pads as LLaDA does
+            (`PaddingCollator`).
         scheduler: a masking schedule; None makes the one that `args.alpha_scheduler` names.
         Everything else as in transformers.Trainer.
 
@@ -77,8 +78,8 @@ class MDLMTrainer(transformers.Trainer):
         ValueError: no mask or pad token, an iterable data set without example ids, reentrant activation checkpointing.
     """
 
-    # compute_loss returns the mean over its own batch, so Trainer must divide by gradient_accumulation_steps. transformers < 5.20
-    # looks at the second flag, later versions at the first.
+    # compute_loss returns the mean over its own batch, so Trainer must divide by gradient_accumulation_steps.
+    # transformers < 5.20 looks at the second flag, later versions at the first.
     loss_is_scaled_for_ga = False
     model_accepts_loss_kwargs = False
 
@@ -96,9 +97,7 @@ class MDLMTrainer(transformers.Trainer):
         **kwargs: Any,
     ) -> None:
         if args is None or processing_class is None:
-            raise ValueError(
-                f"{type(self).__name__} needs args (an MDLMConfig) and processing_class (the tokenizer)"
-            )
+            raise ValueError(f"{type(self).__name__} needs args (an MDLMConfig) and processing_class (the tokenizer)")
         _check_tokens(processing_class)
         _check_checkpointing(args)
         self.lm = unwrap(model)
@@ -150,12 +149,11 @@ class MDLMTrainer(transformers.Trainer):
         positions = inputs["loss_positions"]
         nll = token_nll(logits, inputs["input_ids"].reshape(-1)[positions])
         weights = loss_weights(inputs["t"], self.scheduler_alpha, self.args.loss_weight_type)
-        return normalise(
-            nll, positions, inputs["input_ids"].shape[1], weights, inputs["num_maskable"], norm_type
-        )
+        return normalise(nll, positions, inputs["input_ids"].shape[1], weights, inputs["num_maskable"], norm_type)
 
     def compute_loss(self, model, inputs: Batch, return_outputs: bool = False, num_items_in_batch=None):
-        """Masked-diffusion loss of a collated batch; a batch with nothing maskable has loss 0 and is counted in the log."""
+        """Masked-diffusion loss of a collated batch; a batch with nothing maskable has loss 0 and is counted in the
+        log."""
         outputs = self.forward_loss_positions(model, inputs)
         loss = self.weighted_loss(outputs.logits, inputs, self.args.loss_norm_type)
         if outputs.aux_loss is not None:
@@ -215,7 +213,8 @@ class _SetEpoch(transformers.TrainerCallback):
         self.collator = collator
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
-        # state.epoch is fractional when a run resumes inside an epoch; the small term absorbs the rounding of (steps / steps).
+        # state.epoch is fractional when a run resumes inside an epoch; the small term absorbs the rounding of (steps /
+        # steps).
         self.collator.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
 
@@ -233,7 +232,8 @@ class _WithExampleIds(Dataset):
 
 
 def with_example_ids(dataset):
-    """`dataset` with an `example_id` in every row (its index, unless the rows have one already); None and dicts of data sets pass through.
+    """`dataset` with an `example_id` in every row (its index, unless the rows have one already); None and dicts of data
+    sets pass through.
 
     Raises:
         ValueError: an iterable data set without the column: it has no index to number its rows by.

@@ -12,7 +12,8 @@ from torchmetrics.aggregation import MeanMetric
 
 
 class NLLMetric(MeanMetric):
-    """Negative log-likelihood per token in nats, over all ranks: sum of `update(value, weight)` value * weight / sum of weights."""
+    """Negative log-likelihood per token in nats, over all ranks: sum of `update(value, weight)` value * weight / sum of
+    weights."""
 
 
 class PPLMetric(MeanMetric):
@@ -25,7 +26,8 @@ class PPLMetric(MeanMetric):
 class OnEvaluateMetricsCallback(transformers.TrainerCallback):
     """Adds metrics that were updated during an evaluation pass to its result and to the log, then empties them.
 
-    The trainer's prediction_step calls `update`; sums stay on the device and are read once per pass, gathered over ranks.
+    The trainer's prediction_step calls `update`; sums stay on the device and are read once per pass, gathered over
+    ranks.
 
     Args:
         trainer: the trainer whose `log` is used.
@@ -54,7 +56,8 @@ class OnEvaluateMetricsCallback(transformers.TrainerCallback):
 class StepClock(transformers.TrainerCallback):
     """Wall seconds of the optimizer steps since the last reading, from on_step_begin to on_step_end.
 
-    Data loading, evaluation, logging and saving are outside. On a GPU the queue is not flushed: single steps blur, means are right.
+    Data loading, evaluation, logging and saving are outside. On a GPU the queue is not flushed: single steps blur,
+    means are right.
     """
 
     def __init__(self) -> None:
