@@ -1,0 +1,117 @@
+"""Model families. Importing this package registers them with transformers' Auto classes."""
+
+from dllm.models.backbone import Backbone, DiffusionLM, DiffusionLMOutput, unwrap
+from dllm.models.llada import LLaDAConfig, LLaDAModel, LLaDAModelLM
+from dllm.models.llada_moe import LLaDAMoEConfig, LLaDAMoEModel, LLaDAMoEModelLM
+from dllm.models.spec import (
+    ModelSpec,
+    find_spec,
+    get_spec,
+    load_config,
+    register_spec,
+    registered_specs,
+    spec_of,
+)
+
+# "{% generation %}" marks the answer, so that masks of assistant tokens work. Contents are trimmed: the text behind a header then
+# never starts with white space that could melt with the header's own.
+LLADA_CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{{ message['content'] | trim }}"
+    "{{ '<|eot_id|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+LLADA_MOE_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<role>' + ({'user': 'HUMAN'}.get(message['role'], message['role'] | upper)) + '</role>' }}"
+    "{{ message['content'] | trim }}"
+    "{{ '<|role_end|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<role>ASSISTANT</role>' }}{% endif %}"
+)
+
+LLADA = ModelSpec(
+    name="llada",
+    model_types=("llada",),
+    architectures=("LLaDAModelLM", "LLaDAModel"),
+    config_class=LLaDAConfig,
+    backbone_class=LLaDAModel,
+    model_class=LLaDAModelLM,
+    mask_token="<|mdm_mask|>",
+    end_of_turn_token="<|eot_id|>",
+    pad_token="<|endoftext|>",
+    bos_token="<|startoftext|>",
+    eos_token="<|endoftext|>",
+    special_tokens=(
+        "<|startoftext|>",
+        "<|endoftext|>",
+        "<|mdm_mask|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+    ),
+    chat_template=LLADA_CHAT_TEMPLATE,
+    layers="model.transformer.blocks",
+    final_norm="model.transformer.ln_f",
+    head="model.transformer.ff_out",
+    embedding="model.transformer.wte",
+    linear_roles={
+        "q_proj": "q_proj",
+        "k_proj": "k_proj",
+        "v_proj": "v_proj",
+        "o_proj": "attn_out",
+        "gate_proj": "ff_proj",
+        "up_proj": "up_proj",
+        "down_proj": "ff_out",
+    },
+)
+
+LLADA_MOE = ModelSpec(
+    name="llada_moe",
+    model_types=("lladamoe",),
+    architectures=("LLaDAMoEModelLM", "LLaDAMoEModel"),
+    config_class=LLaDAMoEConfig,
+    backbone_class=LLaDAMoEModel,
+    model_class=LLaDAMoEModelLM,
+    mask_token="<|mask|>",
+    end_of_turn_token="<|role_end|>",
+    pad_token="<|endoftext|>",
+    bos_token="<|startoftext|>",
+    eos_token="<|endoftext|>",
+    special_tokens=("<|startoftext|>", "<|endoftext|>", "<|mask|>", "<role>", "</role>", "<|role_end|>"),
+    chat_template=LLADA_MOE_CHAT_TEMPLATE,
+    layers="model.layers",
+    final_norm="model.norm",
+    head="lm_head",
+    embedding="model.embed_tokens",
+    linear_roles={role: role for role in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")},
+)
+
+for _spec in (LLADA, LLADA_MOE):
+    register_spec(_spec)
+
+__all__ = [
+    "LLADA",
+    "LLADA_MOE",
+    "Backbone",
+    "DiffusionLM",
+    "DiffusionLMOutput",
+    "LLaDAConfig",
+    "LLaDAMoEConfig",
+    "LLaDAMoEModel",
+    "LLaDAMoEModelLM",
+    "LLaDAModel",
+    "LLaDAModelLM",
+    "ModelSpec",
+    "find_spec",
+    "get_spec",
+    "load_config",
+    "register_spec",
+    "registered_specs",
+    "spec_of",
+    "unwrap",
+]

@@ -1,0 +1,261 @@
+"""LLaDA-MoE: pre-norm decoder with bidirectional attention and routed experts (arXiv 2509.24389).
+
+Shapes: B rows, L positions, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
+
+from dllm.models.backbone import Backbone, DiffusionLM, Mask
+from dllm.models.layers import AttentionMixin, RMSNorm, RotaryEmbedding, SwiGLU
+from dllm.models.moe import RouterRecorder, SparseMoE
+
+logger = logging.get_logger(__name__)
+
+# Fields that the published model stores and does not use, with the values at which that makes no difference.
+IGNORED_FIELDS = {
+    "norm_topk_prob": (None, False),
+    "moe_router_score_function": (None, "softmax"),
+    "routed_scaling_factor": (None, 1, 1.0),
+    "router_num_group": (None, -2, -1, 0, 1),
+    "router_topk_group": (None, -2, -1, 0, 1),
+}
+
+
+class LLaDAMoEConfig(PreTrainedConfig):
+    """Configuration of LLaDA-MoE; field names are those of the published config.json.
+
+    norm_topk_prob, moe_router_score_function, routed_scaling_factor and the router groups are stored and not used, as in the
+    published model; a value that would matter if they were is loaded with a warning. `use_cache` is stored and not used: the
+    argument of forward decides.
+
+    Raises:
+        ValueError: a setting that this implementation does not have.
+    """
+
+    model_type = "lladamoe"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 157184
+    hidden_size: int = 2048
+    dense_intermediate_size: int = 8192
+    expert_intermediate_size: int = 1024
+    shared_expert_intermediate_size: int | None = (
+        None  # width of the shared expert of MoE layers; None: no shared expert
+    )
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None  # None: as many as attention heads
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096  # tokens; for information, positions are not limited
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 50000.0
+    partial_rotary_factor: float = 1.0  # share of a head's dimensions that are rotated, in (0, 1]
+    qk_layernorm: bool = True  # RMS norm over each head of q and k, before the rotation
+    attention_bias: bool = False
+    attention_dropout: float = 0.0  # in [0, 1)
+    clip_qkv: float | None = None  # clamp q and k to +- this; None: no clamp
+    num_experts: int = 64
+    num_experts_per_tok: int = 8
+    moe_layer_freq: list[int] | None = None  # per layer 1 = experts, 0 = dense; None or []: all experts
+    moe_router_enable_expert_bias: bool = False
+    output_router_logits: bool = False  # return the load-balancing loss by default
+    router_aux_loss_coef: float = 0.01  # its weight in the training loss
+    use_cache: bool = False
+    pad_token_id: int | None = None  # this row of the embedding starts at zero and is not trained
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    mask_token_id: int | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if not self.moe_layer_freq:
+            self.moe_layer_freq = [1] * self.num_hidden_layers
+        if kwargs.pop("rope_scaling", None):
+            raise ValueError("rope_scaling is not supported for LLaDA-MoE: remove it from the configuration")
+        super().__post_init__(**kwargs)
+        self._check()
+        stored = self.__dict__
+        for name, harmless in IGNORED_FIELDS.items():
+            if stored.get(name) not in harmless:
+                logger.warning(
+                    f"LLaDA-MoE does not use {name}={stored[name]!r}, as in the published model: it has no effect"
+                )
+
+    def _check(self) -> None:
+        heads, key_heads = self.num_attention_heads, self.num_key_value_heads
+        shared, pad = self.shared_expert_intermediate_size, self.pad_token_id
+        problems = {
+            f"hidden_act={self.hidden_act!r}: only 'silu'": self.hidden_act != "silu",
+            "tie_word_embeddings=True: the head has weights of its own": self.tie_word_embeddings,
+            f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={heads}": self.hidden_size
+            % heads,
+            f"num_attention_heads={heads} must be a multiple of num_key_value_heads={key_heads}": heads
+            % (key_heads or 1),
+            f"rope_theta={self.rope_theta} must be positive": self.rope_theta <= 0,
+            f"partial_rotary_factor={self.partial_rotary_factor} must lie in (0, 1]": not 0
+            < self.partial_rotary_factor
+            <= 1,
+            f"partial_rotary_factor={self.partial_rotary_factor} gives no even number of dimensions": self.rotary_dim
+            % 2,
+            f"moe_layer_freq must have {self.num_hidden_layers} entries, one per layer": len(self.moe_layer_freq or ())
+            != self.num_hidden_layers,
+            f"num_experts_per_tok={self.num_experts_per_tok} must lie in 1 to num_experts={self.num_experts}": not 1
+            <= self.num_experts_per_tok
+            <= self.num_experts,
+            f"shared_expert_intermediate_size={shared} must be positive, or null for none": shared is not None
+            and shared < 1,
+            f"pad_token_id={pad} lies outside the vocabulary of {self.vocab_size}": pad is not None
+            and not 0 <= pad < self.vocab_size,
+        }
+        found = [text for text, wrong in problems.items() if wrong]
+        if found:
+            raise ValueError(f"unsupported LLaDA-MoE configuration: {'; '.join(found)}")
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many dimensions of a head are rotated."""
+        return int(self.hidden_size // self.num_attention_heads * self.partial_rotary_factor)
+
+
+class LLaDAMoEAttention(nn.Module, AttentionMixin):
+    """Bidirectional attention with grouped key heads; optional norm of q and k per head and optional clamp of q and k."""
+
+    def __init__(self, config: LLaDAMoEConfig, layer_idx: int) -> None:
+        super().__init__()
+        head_dim = config.hidden_size // config.num_attention_heads
+        self.set_attention(config, layer_idx, head_dim, config.attention_dropout)
+        key_width = config.num_key_value_heads * head_dim
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_layernorm else None
+        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_layernorm else None
+        self.clip = config.clip_qkv
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        attention_mask: Mask | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        past_key_values: Cache | None,
+    ) -> torch.Tensor:
+        query, key, value = (self.split_heads(f(hidden)) for f in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if self.clip is not None:
+            query, key = (x.clamp(-self.clip, self.clip) for x in (query, key))
+        return self.o_proj(self.attend(query, key, value, attention_mask, position_embeddings, past_key_values))
+
+
+class LLaDAMoELayer(GradientCheckpointingLayer):
+    """h += Attn(norm h); z = norm h; h += MLP z, where the MLP is dense, or experts plus an optional shared expert."""
+
+    def __init__(self, config: LLaDAMoEConfig, layer_idx: int) -> None:
+        super().__init__()
+        hidden_size = config.hidden_size
+        self.self_attn = LLaDAMoEAttention(config, layer_idx)
+        is_sparse = bool(config.moe_layer_freq[layer_idx])
+        if is_sparse:
+            self.mlp = SparseMoE(
+                hidden_size,
+                config.expert_intermediate_size,
+                config.num_experts,
+                config.num_experts_per_tok,
+                layer_idx,
+                config.moe_router_enable_expert_bias,
+            )
+        else:
+            self.mlp = SwiGLU(hidden_size, config.dense_intermediate_size)
+        shared = config.shared_expert_intermediate_size if is_sparse else None
+        self.shared_expert = SwiGLU(hidden_size, shared) if shared is not None else None
+        self.input_layernorm = RMSNorm(hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        attention_mask: Mask | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        past_key_values: Cache | None = None,
+        recorder: RouterRecorder | None = None,
+    ) -> torch.Tensor:
+        """[B, L, D] -> [B, L, D]."""
+        normed = self.input_layernorm(hidden)
+        hidden = hidden + self.self_attn(normed, attention_mask, position_embeddings, past_key_values)
+        normed = self.post_attention_layernorm(hidden)
+        if isinstance(self.mlp, SparseMoE):
+            output = self.mlp(normed, recorder)
+        else:
+            output = self.mlp(normed)
+        if self.shared_expert is not None:
+            output = output + self.shared_expert(normed)
+        return hidden + output
+
+
+class LLaDAMoEModel(Backbone):
+    """Backbone of LLaDA-MoE."""
+
+    config_class = LLaDAMoEConfig
+    _no_split_modules = ["LLaDAMoELayer"]
+
+    def __init__(self, config: LLaDAMoEConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.layers = nn.ModuleList(LLaDAMoELayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config.rotary_dim, config.rope_theta)
+        self.post_init()
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The token embedding."""
+        return self.embed_tokens
+
+    @property
+    def final_norm(self) -> RMSNorm:
+        """The norm before the head."""
+        return self.norm
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replaces the token embedding."""
+        self.embed_tokens = value
+
+
+class LLaDAMoEModelLM(DiffusionLM):
+    """LLaDA-MoE with its head; parameter names and shapes are those of the published checkpoints."""
+
+    config_class = LLaDAMoEConfig
+    _no_split_modules = ["LLaDAMoELayer"]
+
+    def __init__(self, config: LLaDAMoEConfig) -> None:
+        super().__init__(config)
+        self.model = LLaDAMoEModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] of hidden states [..., D] taken after the final norm."""
+        return self.lm_head(hidden)
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replaces the token embedding."""
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replaces the head."""
+        self.lm_head = new_embeddings

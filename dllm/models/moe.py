@@ -1,0 +1,131 @@
+"""Mixture of experts: router, experts, dispatch and the load-balancing loss.
+
+Shapes: T tokens (rows times positions), D hidden, E experts, k chosen experts per token, F expert width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dllm.models.layers import SwiGLU
+
+
+class RouterRecorder:
+    """Collects what the routers of one forward did: layer index -> (logits [T, E], chosen experts [T, k]).
+
+    The first record of a layer counts and a closed recorder takes none: so the second run of a checkpointed layer adds nothing.
+    """
+
+    def __init__(self) -> None:
+        self._records: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._open = True
+
+    def record(self, layer: int, logits: torch.Tensor, chosen: torch.Tensor) -> None:
+        """Notes the router of `layer`."""
+        if self._open and layer not in self._records:
+            self._records[layer] = (logits, chosen)
+
+    def close(self) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """(logits, chosen experts), one tensor per MoE layer from the lowest up; later records are ignored."""
+        self._open = False
+        records = [self._records[layer] for layer in sorted(self._records)]
+        return tuple(logits for logits, _ in records), tuple(chosen for _, chosen in records)
+
+
+class Router(nn.Module):
+    """Logits x W^T, [T, E]. Not an nn.Linear, so that quantisation and LoRA leave it alone: a rounded router sends tokens elsewhere."""
+
+    def __init__(self, hidden_size: int, num_experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight)
+
+
+def run_experts(experts: nn.ModuleList, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """y_i = sum_j weights[i, j] * experts[chosen[i, j]](x_i), [T, D], in the dtype of `x`.
+
+    Tokens are sorted by expert, every expert gets one contiguous chunk, and the results are gathered back: no scatter-add, so
+    the sum has one order. The device is waited for once (the chunk sizes).
+
+    Args:
+        experts: E modules [n, D] -> [n, D].
+        x: tokens [T, D].
+        weights: mixing weights [T, k].
+        chosen: expert indices, int64 [T, k].
+    """
+    top_k = chosen.shape[1]
+    flat = chosen.flatten()  # [T * k]
+    order = flat.argsort(stable=True)
+    ends = torch.searchsorted(flat[order], torch.arange(len(experts), device=x.device), right=True)
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    chunks = x[order // top_k].split(sizes)
+    # Under gradients the empty experts run too: DDP waits for a gradient of every parameter.
+    keep_empty = torch.is_grad_enabled()
+    parts = [expert(chunk) for expert, chunk in zip(experts, chunks, strict=True) if keep_empty or len(chunk)]
+    gathered = torch.cat(parts)[order.argsort()].view(*chosen.shape, -1)  # [T, k, D]
+    return (gathered * weights.to(gathered.dtype)[..., None]).sum(1).to(x.dtype)
+
+
+class SparseMoE(nn.Module):
+    """Routed experts as LLaDA-MoE computes them: p = softmax(x Wg^T) in float32 (plus expert_bias), top-k of p, no renormalisation.
+
+    Args:
+        hidden_size: D.
+        width: F.
+        num_experts: E.
+        top_k: k.
+        layer_idx: index of the layer, for the recorder.
+        expert_bias: whether there is a bias per expert; it enters the choice and the mixing weight.
+    """
+
+    def __init__(
+        self, hidden_size: int, width: int, num_experts: int, top_k: int, layer_idx: int, expert_bias: bool
+    ) -> None:
+        super().__init__()
+        self.gate = Router(hidden_size, num_experts)
+        self.experts = nn.ModuleList(SwiGLU(hidden_size, width) for _ in range(num_experts))
+        self.expert_bias: torch.Tensor | None
+        self.register_buffer("expert_bias", torch.zeros(num_experts) if expert_bias else None)
+        self.top_k, self.layer_idx = top_k, layer_idx
+
+    def forward(self, hidden: torch.Tensor, recorder: RouterRecorder | None = None) -> torch.Tensor:
+        """[B, L, D] -> [B, L, D]; the router's logits and choices go to `recorder`."""
+        x = hidden.flatten(0, -2)  # [T, D]
+        logits = self.gate(x)
+        scores = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        if self.expert_bias is not None:
+            scores = scores + self.expert_bias
+        weights, chosen = scores.topk(self.top_k, dim=-1)  # [T, k]
+        if recorder is not None:
+            recorder.record(self.layer_idx, logits, chosen)
+        return run_experts(self.experts, x, weights, chosen).view_as(hidden)
+
+
+def load_balancing_loss(
+    router_logits: tuple[torch.Tensor, ...],
+    router_choices: tuple[torch.Tensor, ...],
+    token_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """E * sum_e f_e * P_e over all layers and tokens, a float32 scalar; k where the experts share the tokens evenly.
+
+    f_e is how often a token chose expert e (they sum to k), P_e the mean of softmax(logits)_e; Switch Transformer, equation 4.
+
+    Args:
+        router_logits: one [T, E] per MoE layer.
+        router_choices: one int64 [T, k] per MoE layer.
+        token_mask: bool [T], False where a token is padding and does not count; None counts all.
+    """
+    probabilities = torch.stack(router_logits).softmax(-1, dtype=torch.float32)  # [layers, T, E]
+    num_experts = probabilities.shape[-1]
+    chosen = torch.stack([F.one_hot(choice, num_experts).sum(1) for choice in router_choices])  # [layers, T, E]
+    weight = torch.ones_like(probabilities[..., :1])
+    if token_mask is not None:
+        weight = weight * token_mask.to(weight)[None, :, None]
+    total = weight.sum().clamp(min=1)
+    share = (chosen * weight).sum((0, 1)) / total  # [E]
+    mean = (probabilities * weight).sum((0, 1)) / total  # [E]
+    return num_experts * (share * mean).sum()
