@@ -12,6 +12,7 @@ from torchmetrics.aggregation import MeanMetric
 
 from dllm.core.trainers.mdlm import MDLMConfig, MDLMTrainer
 from dllm.data.collators import Batch, NoisingCollator
+from dllm.utils.parsing import InputError
 from memdlm.memory.collator import MemoryCollator, inner_steps
 from memdlm.memory.config import MemoryConfig, flag_fields
 from memdlm.memory.inner_loop import InnerReport
@@ -28,13 +29,15 @@ class MemDLMConfig(MDLMConfig, _MemoryFlags):  # pyright: ignore[reportGeneralTy
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.memory()
+        memory = self.memory()
+        if memory.prompt_mask_ratio != MemoryConfig.prompt_mask_ratio:
+            raise InputError("mem_prompt_mask_ratio has no effect in training with mem_masking_strategy=pmc: drop it")
 
     def memory(self) -> MemoryConfig:
         """The memory's settings; in training its loss is weighted and normalised like the outer one.
 
         Raises:
-            ValueError: see `MemoryConfig`.
+            InputError: see `MemoryConfig`.
         """
         return MemoryConfig.from_flags(self, loss_weight_type=self.loss_weight_type, loss_norm_type=self.loss_norm_type)
 
@@ -52,7 +55,7 @@ class MemDLMTrainer(MDLMTrainer):
     memory is conditioned on the very labels that it asks for: it is no evidence of learning (docs/memory.md).
 
     Raises:
-        ValueError: torch.compile, FSDP or ZeRO-3 together with memory, or the errors of `ParametricMemory`.
+        InputError: torch.compile, FSDP or ZeRO-3 together with memory, or the errors of `ParametricMemory`.
     """
 
     MemDLMConfig = MemDLMConfig
@@ -74,7 +77,7 @@ class MemDLMTrainer(MDLMTrainer):
 
     def _refuse_engines(self) -> None:
         if self.args.torch_compile:
-            raise ValueError(
+            raise InputError(
                 "memory and torch.compile cannot be combined (compiled code ignores hooks): drop --torch_compile"
             )
         sharded = self.is_fsdp_enabled or (
@@ -82,7 +85,7 @@ class MemDLMTrainer(MDLMTrainer):
             and self.accelerator.state.deepspeed_plugin.zero_stage == 3
         )
         if sharded:
-            raise ValueError("memory with sharded parameters (FSDP, ZeRO-3) is not available yet: use DDP or ZeRO-1/2")
+            raise InputError("memory with sharded parameters (FSDP, ZeRO-3) is not available yet: use DDP or ZeRO-1/2")
 
     def make_collator(self, pad, args: MemDLMConfig, tokenizer, stream: str) -> NoisingCollator:
         if not self.memory_config.enabled:

@@ -1,0 +1,1 @@
+"""Schedules, noising, losses, samplers and trainers."""

@@ -11,6 +11,8 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from dllm.utils.parsing import InputError
+
 # Keeps the weight finite at t = 0, where 1 - alpha(t) is 0; at the smallest t in use (1e-3) it changes the weight by
 # 0.1 %.
 WEIGHT_EPSILON = 1e-6
@@ -71,12 +73,12 @@ def get_alpha_scheduler_class(name: str) -> type[BaseAlphaScheduler]:
     """The schedule class called `name`: the class name or its short form ("linear", "cosine"), in any case.
 
     Raises:
-        ValueError: unknown name; the message lists the known ones.
+        InputError: unknown name; the message lists the known ones.
     """
     by_short_name = {_short(key): cls for key, cls in BaseAlphaScheduler.registry.items()}
     if _short(name) not in by_short_name:
         known = ", ".join(sorted(by_short_name))
-        raise ValueError(f"unknown masking schedule {name!r}: choose one of {known}")
+        raise InputError(f"unknown masking schedule {name!r}: choose one of {known}")
     return by_short_name[_short(name)]
 
 

@@ -13,6 +13,7 @@ import torch
 
 from dllm.core.noising import draw_noise, draw_times, flat_positions, make_generator, mask_tokens
 from dllm.core.schedulers import BaseAlphaScheduler
+from dllm.utils.parsing import InputError
 
 IGNORE_INDEX = -100  # label of a position that is never masked and never in the loss
 
@@ -68,7 +69,7 @@ class NoisingCollator:
         logit_shift: 1 where the logit of position p - 1 predicts token p; the first position has no such logit.
 
     Raises:
-        ValueError: a row lacks a key, is empty, or has labels that differ from its input_ids at a maskable position.
+        InputError: a row lacks a key, is empty, or has labels that differ from its input_ids at a maskable position.
     """
 
     model_keys = ("input_ids", "labels", "attention_mask")
@@ -136,12 +137,12 @@ class NoisingCollator:
 def _example_id(row: Batch) -> int:
     for key in ("input_ids", "labels", "example_id"):
         if key not in row:
-            raise ValueError(
+            raise InputError(
                 f"a row has no {key!r} (it has: {', '.join(row)}): tokenise the data with default_sft_map_fn "
                 "and pass it through post_process_dataset"
             )
     if len(row["input_ids"]) == 0 or len(row["input_ids"]) != len(row["labels"]):
-        raise ValueError(
+        raise InputError(
             f"example {row['example_id']} has {len(row['input_ids'])} input_ids and {len(row['labels'])} labels: "
             "give it as many labels as tokens, at least one"
         )
@@ -153,7 +154,7 @@ def _check_labels(
 ) -> None:
     wrong = (maskable & (labels != input_ids)).any(dim=1)
     if wrong.any():
-        raise ValueError(
+        raise InputError(
             f"labels differ from input_ids at maskable positions of example {int(example_id[wrong][0])}: a diffusion "
             "model predicts the token in place, so set each label to its input id or to -100 (do not shift them)"
         )

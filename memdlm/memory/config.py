@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
 from dllm.core.losses import NormType, WeightType
+from dllm.utils.parsing import InputError
 
 FLAG_PREFIX = "mem_"
 
@@ -24,7 +25,7 @@ class MemoryConfig:
     """Settings of the inner loop (MemDLM, arXiv 2603.22241). Defaults are the published ones for training.
 
     Raises:
-        ValueError: a value out of its range, a pair that cannot take effect together, or a setting that is not built
+        InputError: a value out of its range, a pair that cannot take effect together, or a setting that is not built
         yet.
     """
 
@@ -90,6 +91,7 @@ class MemoryConfig:
         self._check_choices()
         self._check_ranges()
         self._check_unbuilt()
+        self._check_pairs()
         if self.mask_ratio_epsilon != MemoryConfig.mask_ratio_epsilon:
             warnings.warn("mem_mask_ratio_epsilon has no effect; drop it", stacklevel=3)
 
@@ -97,7 +99,7 @@ class MemoryConfig:
         for name, hint in get_type_hints(type(self)).items():
             allowed = get_args(hint)  # empty for a type that is not a Literal
             if allowed and getattr(self, name) not in allowed:
-                raise ValueError(
+                raise InputError(
                     f"{FLAG_PREFIX}{name} is {getattr(self, name)!r}: choose one of {', '.join(map(str, allowed))}"
                 )
 
@@ -126,7 +128,7 @@ class MemoryConfig:
         )
         for name, holds, wanted in rules:
             if not holds:
-                raise ValueError(f"{FLAG_PREFIX}{name} must be {wanted}, got {getattr(self, name)!r}")
+                raise InputError(f"{FLAG_PREFIX}{name} must be {wanted}, got {getattr(self, name)!r}")
 
     def _check_unbuilt(self) -> None:
         built = {
@@ -139,9 +141,15 @@ class MemoryConfig:
         }
         for name, values in built.items():
             if getattr(self, name) not in values:
-                raise ValueError(
+                raise InputError(
                     f"{FLAG_PREFIX}{name}={getattr(self, name)} is not available yet: use {' or '.join(values)}"
                 )
+
+    def _check_pairs(self) -> None:
+        """Settings that cannot take effect beside the others."""
+        for name in ("distill_temperature", "distill_hidden_type"):
+            if getattr(self, name) != getattr(MemoryConfig, name) and self.inner_loss_type == "ce":
+                raise InputError(f"{FLAG_PREFIX}{name} has no effect with {FLAG_PREFIX}inner_loss_type=ce: drop it")
 
     @property
     def target_roles(self) -> tuple[str, ...]:

@@ -12,23 +12,24 @@ from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
-from dllm.models.backbone import Backbone
-from dllm.models.spec import ModelSpec
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from dllm.core.noising import make_generator
+from dllm.models.backbone import Backbone
+from dllm.models.spec import ModelSpec
+from dllm.utils.parsing import InputError
 
 
 def first_adapted_layer(num_layers: int, fraction: float) -> int:
     """Index of the first layer with fast weights: max(0, int(num_layers * (1 - fraction))).
 
     Raises:
-        ValueError: the fraction is so small that no layer is left.
+        InputError: the fraction is so small that no layer is left.
     """
     start = max(0, int(num_layers * (1 - fraction)))
     if start >= num_layers:
-        raise ValueError(
+        raise InputError(
             f"mem_inner_layer_fraction={fraction} of {num_layers} layers leaves none: use at least {1 / num_layers:.3g}"
         )
     return start
@@ -42,12 +43,12 @@ def find_targets(
     A linear under PEFT is taken with its adapter around it. A quantised linear is a linear.
 
     Raises:
-        ValueError: an unknown role (the known ones are listed), or no such linear in these layers.
+        InputError: an unknown role (the known ones are listed), or no such linear in these layers.
     """
     unknown = [role for role in roles if role not in spec.linear_roles]
     if unknown:
         known = ", ".join(spec.linear_roles)
-        raise ValueError(f"unknown mem_inner_target_modules {', '.join(unknown)}: choose from {known}")
+        raise InputError(f"unknown mem_inner_target_modules {', '.join(unknown)}: choose from {known}")
     leaves = {spec.linear_roles[role] for role in roles}
     prefix = spec.layers.split(".", 1)[1]  # the layers' name as seen from the backbone
     targets: dict[str, nn.Linear | BaseTunerLayer] = {}
@@ -58,9 +59,9 @@ def find_targets(
             if name.rsplit(".", 1)[-1] in leaves and isinstance(module, (nn.Linear, BaseTunerLayer)):
                 targets[f"{prefix}.{index}.{name}"] = module
     if not targets:
-        raise ValueError(
+        raise InputError(
             f"mem_inner_target_modules={','.join(roles)} match no linear in the layers from {start} on: "
-            f"name roles that these layers have, or raise mem_inner_layer_fraction"
+            "name roles that these layers have, or raise mem_inner_layer_fraction"
         )
     return targets
 

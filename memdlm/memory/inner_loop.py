@@ -112,9 +112,7 @@ def fit(
     losses, norms, skipped = [], [], []
     for _ in range(config.num_inner_epochs):
         for index, step in enumerate(steps):
-            leaf = phi.detach().requires_grad_()
-            fast.set(leaf)
-            loss, gradient = _loss_and_gradient(leaf, step, lambda k=index: readout(k), config, scheduler)
+            loss, gradient = _loss_and_gradient(fast, phi, step, lambda k=index: readout(k), config, scheduler)
             if reduce_gradient is not None:
                 gradient = reduce_gradient(gradient)
             finite = gradient.isfinite().all()
@@ -128,11 +126,13 @@ def fit(
     return InnerReport(torch.stack(losses), torch.stack(norms), torch.stack(skipped), (phi - initial).norm())
 
 
-def _loss_and_gradient(leaf, step, readout, config, scheduler) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss, its gradient with respect to `leaf` [P]), detached; zeros for a step with nothing to predict."""
+def _loss_and_gradient(fast, phi, step, readout, config, scheduler) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss, its gradient with respect to phi [P]), detached; zeros for a step with nothing to predict."""
     if len(step.loss_positions) == 0:
-        return torch.zeros((), device=leaf.device), torch.zeros_like(leaf)
+        return torch.zeros((), device=phi.device), torch.zeros_like(phi)
     with torch.enable_grad():
+        leaf = phi.detach().requires_grad_()
+        fast.set(leaf)
         logits, targets = readout()
         loss = inner_loss(logits, targets, step, config, scheduler)
         # Not backward(): that would add to the gradients of the slow weights.

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from dllm.core.split import at_layer
-from dllm.models.backbone import unwrap
-from dllm.models.spec import spec_of
 from torch import nn
 
 from dllm.core.schedulers import BaseAlphaScheduler, LinearAlphaScheduler
+from dllm.core.split import at_layer
+from dllm.models.backbone import unwrap
+from dllm.models.spec import spec_of
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.fast_weights import FastWeights, find_targets, first_adapted_layer
 from memdlm.memory.inner_loop import InnerReport, InnerStep, fit
@@ -43,7 +43,7 @@ class ParametricMemory:
         scheduler: masking schedule behind the inner loss weight; None is the linear one.
 
     Raises:
-        ValueError: targets that match nothing, a fraction that leaves no layer.
+        InputError: targets that match nothing, a fraction that leaves no layer.
     """
 
     def __init__(self, model: nn.Module, config: MemoryConfig, scheduler: BaseAlphaScheduler | None = None) -> None:

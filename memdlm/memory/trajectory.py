@@ -56,10 +56,8 @@ def pmc(
     num_steps, scale = config.num_inner_steps, config.progressive_consistent_start_scale
     num_maskable = maskable.sum(dim=1)  # [B]
     num_anchor = anchor.sum(dim=1)  # [B]
-    # In float64, as the published integers come from: 1.5 * (12 / 28) * 28 is just below 18 there, and 18 in float32.
-    ratio = num_anchor.double() / num_maskable.clamp(min=1)  # [B]
-    start_ratio = torch.maximum(scale * ratio, ratio).clamp(max=1.0)
-    num_first = torch.maximum((num_maskable * start_ratio).long(), num_anchor)
+    # int(m * min(1, s * n / m)) without the division: m cancels, and no rounding error can push the floor one down.
+    num_first = torch.minimum((num_anchor.double() * scale).long(), num_maskable)
     num_extra = num_first - num_anchor  # [B]
 
     candidates = maskable & ~anchor

@@ -1,0 +1,15 @@
+"""Samplers: from masks to tokens."""
+
+from dllm.core.reveal import add_gumbel_noise, get_num_transfer_tokens
+from dllm.core.samplers.base import BaseSampler, BaseSamplerConfig, BaseSamplerOutput
+from dllm.core.samplers.mdlm import MDLMSampler, MDLMSamplerConfig
+
+__all__ = [
+    "BaseSampler",
+    "BaseSamplerConfig",
+    "BaseSamplerOutput",
+    "MDLMSampler",
+    "MDLMSamplerConfig",
+    "add_gumbel_noise",
+    "get_num_transfer_tokens",
+]

@@ -25,6 +25,7 @@ from dllm.data.collators import Batch, NoisingCollator, PaddingCollator
 from dllm.models.backbone import unwrap
 from dllm.models.spec import spec_of
 from dllm.utils.args import TrainingArguments
+from dllm.utils.parsing import InputError
 
 
 @dataclass
@@ -54,7 +55,7 @@ class MDLMConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.time_epsilon < 1:
-            raise ValueError(f"time_epsilon must lie in (0, 1), got {self.time_epsilon}")
+            raise InputError(f"time_epsilon must lie in (0, 1), got {self.time_epsilon}")
         get_alpha_scheduler_class(self.alpha_scheduler)
 
 
@@ -75,7 +76,7 @@ class MDLMTrainer(transformers.Trainer):
         Everything else as in transformers.Trainer.
 
     Raises:
-        ValueError: no mask or pad token, an iterable data set without example ids, reentrant activation checkpointing.
+        InputError: no mask or pad token, an iterable data set without example ids, reentrant activation checkpointing.
     """
 
     # compute_loss returns the mean over its own batch, so Trainer must divide by gradient_accumulation_steps.
@@ -97,7 +98,7 @@ class MDLMTrainer(transformers.Trainer):
         **kwargs: Any,
     ) -> None:
         if args is None or processing_class is None:
-            raise ValueError(f"{type(self).__name__} needs args (an MDLMConfig) and processing_class (the tokenizer)")
+            raise InputError(f"{type(self).__name__} needs args (an MDLMConfig) and processing_class (the tokenizer)")
         _check_tokens(processing_class)
         _check_checkpointing(args)
         self.lm = unwrap(model)
@@ -236,7 +237,7 @@ def with_example_ids(dataset):
     sets pass through.
 
     Raises:
-        ValueError: an iterable data set without the column: it has no index to number its rows by.
+        InputError: an iterable data set without the column: it has no index to number its rows by.
     """
     if dataset is None:
         return None
@@ -245,7 +246,7 @@ def with_example_ids(dataset):
     if isinstance(dataset, (IterableDataset, datasets.IterableDataset)):
         if "example_id" in (dataset.column_names or []):
             return dataset
-        raise ValueError("an iterable data set needs an `example_id` column (int): masks are drawn from it")
+        raise InputError("an iterable data set needs an `example_id` column (int): masks are drawn from it")
     if isinstance(dataset, datasets.Dataset):
         if "example_id" in dataset.column_names:
             return dataset
@@ -255,11 +256,11 @@ def with_example_ids(dataset):
 
 def _check_tokens(tokenizer) -> None:
     if tokenizer.mask_token_id is None:
-        raise ValueError(
+        raise InputError(
             "the tokenizer has no mask token: load it with dllm.utils.get_tokenizer or set tokenizer.mask_token"
         )
     if tokenizer.pad_token_id is None:
-        raise ValueError(
+        raise InputError(
             "the tokenizer has no pad token: load it with dllm.utils.get_tokenizer or set tokenizer.pad_token"
         )
 
@@ -267,7 +268,7 @@ def _check_tokens(tokenizer) -> None:
 def _check_checkpointing(args: TrainingArguments) -> None:
     settings = args.gradient_checkpointing_kwargs or {}
     if args.gradient_checkpointing and settings.get("use_reentrant", False):
-        raise ValueError(
+        raise InputError(
             "reentrant activation checkpointing cannot be used: torch.autograd.grad fails under it; "
             "pass --gradient_checkpointing_kwargs '{\"use_reentrant\": false}'"
         )

@@ -1,0 +1,91 @@
+import dataclasses
+
+import pytest
+
+from memdlm.memory.config import MemoryConfig, flag_fields
+from memdlm.trainer import MemDLMConfig
+
+# Another valid value for every field, or the refusal that a value not built yet gets.
+OTHER = {
+    "enabled": True,
+    "num_inner_steps": 3,
+    "num_inner_epochs": 2,
+    "masking_strategy": ("pre_only", "not available yet: use pmc"),
+    "mask_ratio_epsilon": 1e-2,
+    "prompt_mask_ratio": 0.5,
+    "progressive_consistent_start_scale": 2.0,
+    "inner_loss_type": ("distill", "not available yet: use ce"),
+    "distill_temperature": (2.0, "no effect with mem_inner_loss_type=ce"),
+    "distill_hidden_type": ("cosine", "no effect with mem_inner_loss_type=ce"),
+    "inner_loss_mask_mode": "newly_revealed",
+    "inner_lr": 0.5,
+    "inner_grad_clip": 0.0,
+    "inner_rank": 4,
+    "inner_alpha": 8.0,
+    "inner_dropout": (0.1, "must be 0"),
+    "inner_layer_fraction": 0.5,
+    "inner_target_modules": "up_proj",
+    "inner_adapter_type": ("full", "not available yet: use lora"),
+    "pad_unmask_mode": ("both", "not available yet: use none"),
+    "sync_inner": False,
+    "inner_gradient_checkpointing": False,
+    "scope": ("row", "not available yet: use batch"),
+    "inner_target": ("prompt", "not available yet: use response"),
+    "clip_kind": "global",
+    "seed": 7,
+    "loss_weight_type": "scheduler",
+    "loss_norm_type": "sequence",
+}
+
+
+def test_every_field_is_covered_here() -> None:
+    assert set(OTHER) == {field.name for field in dataclasses.fields(MemoryConfig)}
+
+
+@pytest.mark.parametrize("name", sorted(OTHER))
+def test_every_field_takes_another_value_or_says_why_not(name: str) -> None:
+    value = OTHER[name]
+    if isinstance(value, tuple):
+        with pytest.raises(ValueError, match=value[1]):
+            MemoryConfig(**{name: value[0]})
+    elif name == "mask_ratio_epsilon":
+        with pytest.warns(UserWarning, match="no effect"):
+            MemoryConfig(mask_ratio_epsilon=value)
+    else:
+        assert getattr(MemoryConfig(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"masking_strategy": "random"}, "choose one of pmc, progressive_memory_consistent"),
+        ({"inner_loss_type": "mse"}, "choose one of ce, distill"),
+        ({"inner_layer_fraction": 0.0}, r"in \(0, 1\]"),
+        ({"inner_layer_fraction": -0.1}, r"in \(0, 1\]"),
+        ({"inner_layer_fraction": 1.5}, r"in \(0, 1\]"),
+        ({"num_inner_steps": 0}, "at least 1"),
+        ({"inner_lr": -1.0}, "at least 0"),
+        ({"inner_grad_clip": -1.0}, "at least 0"),
+        ({"progressive_consistent_start_scale": 0.5}, "at least 1"),
+        ({"inner_target_modules": " , "}, "at least one role"),
+    ],
+)
+def test_bad_values_are_refused_in_one_line(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        MemoryConfig(**settings)
+    assert "\n" not in str(error.value) and next(iter(settings)) in str(error.value)
+
+
+def test_alias() -> None:
+    assert MemoryConfig(masking_strategy="progressive_memory_consistent").masking_strategy == "pmc"
+
+
+def test_flags_are_the_fields_with_a_prefix(tmp_path) -> None:
+    names = {name for name, _, _ in flag_fields()}
+    fields = {f.name for f in dataclasses.fields(MemoryConfig)} - {"loss_weight_type", "loss_norm_type"}
+    assert names == {f"mem_{name}" for name in fields}
+    assert names <= {f.name for f in dataclasses.fields(MemDLMConfig)}
+    args = MemDLMConfig(output_dir=str(tmp_path), use_cpu=True, mem_inner_lr=0.3, loss_weight_type="uniform")  # pyright: ignore
+    assert args.memory().inner_lr == 0.3 and args.memory().loss_weight_type == "uniform"
+    with pytest.raises(ValueError, match="mem_inner_rank must be at least 1"):
+        MemDLMConfig(output_dir=str(tmp_path), use_cpu=True, mem_inner_rank=0)  # pyright: ignore
