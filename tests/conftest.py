@@ -19,3 +19,49 @@ def shared_dir() -> pathlib.Path:
     if not folder or not pathlib.Path(folder).is_dir():
         pytest.skip("set MEMDLM_SHARED to the folder with golden/ and data/ to run this test")
     return pathlib.Path(folder)
+
+
+TINY = {
+    "llada": {
+        "d_model": 16,
+        "n_heads": 2,
+        "n_layers": 3,
+        "mlp_hidden_size": 24,
+        "vocab_size": 40,
+        "embedding_size": 40,
+        "embedding_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "residual_dropout": 0.0,
+        "mask_token_id": 39,
+    },
+    "llada_moe": {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 3,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "expert_intermediate_size": 12,
+        "dense_intermediate_size": 24,
+        "vocab_size": 40,
+        "mask_token_id": 39,
+    },
+}
+
+
+@pytest.fixture
+def make_model():
+    """A function (family, **config) -> a tiny random model in eval mode, the same at every call."""
+    from dllm.models.spec import get_spec
+
+    def make(family: str = "llada_moe", **overrides):
+        spec = get_spec(family)
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            model = spec.model_class(spec.config_class(**{**TINY[family], **overrides}))
+            # Random weights of the usual size give almost uniform predictions: larger ones make every path count.
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.data.mul_(8)
+        return model.eval()
+
+    return make

@@ -1,0 +1,169 @@
+"""The quickstart: a tiny LLaDA-MoE, real text, plain training and training with memory from the same start, one table.
+
+Everything runs through the commands that a user would type; each is printed. Results lie in runs/quickstart/.
+"""
+
+import argparse
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+import time
+
+import matplotlib
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dllm import data, utils
+from dllm.core.samplers import MDLMSampler, MDLMSamplerConfig
+from memdlm import MemDLMConfig, MemDLMTrainer
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+FOLDER = pathlib.Path("runs/quickstart")
+DATASET = "builtin:docstrings?context=300"
+MAX_LENGTH = 320
+RUNS = {"MDLM": "plain", "MemDLM": "memory"}
+console = Console()
+
+
+def run(*words: str) -> None:
+    """Runs a command in the foreground, shown first; stops here if it fails."""
+    console.print(f"\n[bold]$ {shlex.join(words)}[/bold]", highlight=False, soft_wrap=True)
+    finished = subprocess.run([sys.executable, *words[1:]] if words[0] == "python" else list(words))
+    if finished.returncode:
+        raise SystemExit(f"quickstart stopped: the command above failed with exit code {finished.returncode}")
+
+
+def prepare(num_train: int, num_test: int) -> None:
+    """A tiny checkpoint and the tokenised data set."""
+    run("python", "-m", "dllm.models.tiny", "--family", "llada_moe", "--output", f"{FOLDER}/base")
+    run(
+        *("python", "-m", "dllm.tools.preprocess_sft_dataset", "--model_name_or_path", f"{FOLDER}/base"),
+        *("--dataset_args", f"{DATASET}[train:{num_train},test:{num_test}]", "--output_dir", f"{FOLDER}/data"),
+    )
+
+
+def train(name: str, steps: int) -> None:
+    """One run of examples/llada/sft.py: same start, data order and masks for both."""
+    run(
+        *("accelerate", "launch", "--config_file", "scripts/accelerate_configs/cpu.yaml", "examples/llada/sft.py"),
+        *("--model_name_or_path", f"{FOLDER}/base", "--dataset_args", f"{FOLDER}/data[train]"),
+        *("--load_preprocessed_data", "True", "--max_length", str(MAX_LENGTH), "--use_cpu", "True"),
+        *("--max_steps", str(steps), "--per_device_train_batch_size", "8", "--learning_rate", "2e-3"),
+        *("--logging_steps", "5", "--save_strategy", "no", "--output_dir", f"{FOLDER}/{RUNS[name]}"),
+        *("--mem_enabled", str(name == "MemDLM")),
+    )
+
+
+def held_out_losses(model, tokenizer, rows) -> dict[str, float]:
+    """Loss of held-out rows without memory, and with a memory written from each batch's own labels."""
+    args = MemDLMConfig(output_dir=str(FOLDER / "eval"), per_device_eval_batch_size=8, use_cpu=True, mem_enabled=True)  # pyright: ignore
+    metrics = MemDLMTrainer(model=model, args=args, processing_class=tokenizer, eval_dataset=rows).evaluate()
+    return {"loss_without_memory": metrics["eval_loss"], "loss_with_memory": metrics["eval_memory_loss"]}
+
+
+def fill_in(model, tokenizer, row) -> str:
+    """The answer of `row`, masked and filled in one token per step, without memory."""
+    ids = torch.tensor([row["input_ids"]])
+    ids[:, row["prompt_len"] :] = tokenizer.mask_token_id
+    steps = ids.shape[1] - row["prompt_len"]
+    filled = MDLMSampler(model.eval(), tokenizer).infill(ids, MDLMSamplerConfig(steps=steps)).sequences
+    return tokenizer.decode(filled[0, row["prompt_len"] :], skip_special_tokens=True)
+
+
+def training_log(name: str) -> list[dict]:
+    """The logged training steps of one run."""
+    state = json.loads((FOLDER / RUNS[name] / "trainer_state.json").read_text())
+    return [entry for entry in state["log_history"] if "loss" in entry]
+
+
+def draw_losses(path: pathlib.Path) -> None:
+    """The loss curves of both runs, as a PNG."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, key, label, style in (
+        ("MDLM", "loss", "MDLM", "-"),
+        ("MemDLM", "loss_without_memory", "MemDLM, memory taken away", "-"),
+        ("MemDLM", "loss", "MemDLM, memory in place (it has seen the labels)", ":"),
+    ):
+        log = training_log(name)
+        axes.plot([entry["step"] for entry in log], [entry[key] for entry in log], style, label=label)
+    axes.set(xlabel="optimizer step", ylabel="training loss", title="Tiny LLaDA-MoE on builtin:docstrings")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def report(num_test: int) -> list[dict]:
+    """Evaluates both models; prints the filled-in answers; gives the table's rows."""
+    rows = data.load_sft_dataset(f"{FOLDER}/data[test:{num_test}]", True)
+    limits = utils.DataArguments(dataset_args="held-out rows", max_length=MAX_LENGTH)
+    rows = data.post_process_dataset(rows, limits)["test"]
+    example = min(rows, key=lambda row: len(row["input_ids"]) - row["prompt_len"])
+    table, answers = [], {}
+    for name, folder in RUNS.items():
+        path = str(FOLDER / folder / "checkpoint-final")
+        tokenizer = utils.get_tokenizer(model_name_or_path=path)
+        model = utils.get_model(model_name_or_path=path)
+        log = training_log(name)
+        steady = sorted(entry["step_seconds"] for entry in log)[len(log) // 2]
+        answers[name] = fill_in(model, tokenizer, example)
+        table.append(
+            {
+                "training": name,
+                **held_out_losses(model, tokenizer, rows),
+                "seconds_per_step": steady,
+                "peak_memory_mib": max(entry["peak_memory_mib"] for entry in log),
+            }
+        )
+    prompt = tokenizer.decode(example["input_ids"][: example["prompt_len"]], skip_special_tokens=True)
+    truth = tokenizer.decode(example["input_ids"][example["prompt_len"] :], skip_special_tokens=True)
+    console.print(
+        f"\n[bold]A held-out question[/bold]\n{prompt}\n[bold]its answer[/bold]: {truth.strip()}", markup=True
+    )
+    for name, answer in answers.items():
+        console.print(f"[bold]filled in by {name}[/bold]: {answer.strip()!r}")
+    return table
+
+
+def print_table(rows: list[dict]) -> None:
+    """The results, one row per training."""
+    table = Table("training", title="Held-out rows of builtin:docstrings")
+    for heading in ("loss without memory", "loss with memory", "seconds per step", "peak memory, MiB"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        name, without, with_memory, seconds, memory = row.values()
+        table.add_row(name, f"{without:.3f}", f"{with_memory:.3f}", f"{seconds:.3f}", f"{memory:.0f}")
+    console.print(table)
+    console.print(
+        "The memory of a row is written from that row's own labels, so the loss with memory is no evidence of learning; "
+        "compare the losses without memory. One seed of a tiny model proves nothing: docs/memory.md."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of each run")
+    parser.add_argument("--num_train", type=int, default=1000, help="training rows")
+    parser.add_argument("--num_test", type=int, default=48, help="held-out rows")
+    options = parser.parse_args()
+    began = time.perf_counter()
+    if FOLDER.exists():
+        kept = FOLDER.with_name(f"quickstart-{time.strftime('%Y%m%d-%H%M%S')}")
+        FOLDER.rename(kept)
+        console.print(f"the results of the quickstart before this one are kept in {kept}")
+    prepare(options.num_train, options.num_test)
+    for name in RUNS:
+        train(name, options.steps)
+    rows = report(options.num_test)
+    print_table(rows)
+    (FOLDER / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
+    draw_losses(FOLDER / "loss.png")
+    seconds = time.perf_counter() - began
+    console.print(f"{seconds:.0f} s; table.json, loss.png and the checkpoints are in {FOLDER}/")
+
+
+if __name__ == "__main__":
+    main()
