@@ -14,9 +14,9 @@ from transformers.masking_utils import create_bidirectional_mask
 def block_causal_mask(
     length: int, block_size: int, past_length: int = 0, device: torch.device | str | None = None
 ) -> torch.Tensor:
-    """Boolean mask [1, 1, length, past_length + length]: position i sees j when block(j) <= block(i), block(i) = i // block_size.
+    """Boolean mask [1, 1, length, past_length + length]: position i sees j when j // block_size <= i // block_size.
 
-    With `past_length` the queries are the positions past_length, past_length + 1, ... of a sequence whose beginning is cached.
+    With `past_length` the queries are positions past_length, past_length + 1, ... of a sequence whose start is cached.
 
     Raises:
         ValueError: block_size below 1.
@@ -40,8 +40,9 @@ def prepare_mask(
     Args:
         config: the model's configuration.
         hidden: embedded input [B, L, D]; gives shape, dtype and device.
-        attention_mask: None; or [B, S] with 1 / True at the keys to see; or 4-D [B or 1, H or 1, L, S], boolean (True = see) or of
-            any float dtype (added to the scores: 0 = see, a large negative number = do not see); or a BlockMask (flex only).
+        attention_mask: None; or [B, S] with 1 / True at the keys to see; or 4-D [B or 1, H or 1, L, S], boolean
+            (True = see) or of any float dtype (added to the scores: 0 = see, very negative = do not see); or a
+            BlockMask (flex only).
         past_key_values: the cache that holds the first P keys.
 
     Raises:
@@ -87,7 +88,7 @@ def _prepare_4d(implementation: str, hidden: torch.Tensor, mask: torch.Tensor) -
         raise ValueError(f"a 4-D attention_mask must be boolean or float, got {mask.dtype}: use mask.bool()")
     if "flash" in implementation:
         raise ValueError(
-            "flash attention takes only a 2-D padding mask: load the model with attn_implementation='sdpa' or 'flex_attention'"
+            "flash attention takes only 2-D padding masks: load with attn_implementation='sdpa' or 'flex_attention'"
         )
     if is_bool and implementation == "flex_attention":
         return _dense_block_mask(mask)

@@ -33,16 +33,17 @@ class SplitState:
 
 @contextlib.contextmanager
 def at_layer(backbone: Backbone, layer: int, callback: SplitCallback) -> Iterator[None]:
-    """Within the block every forward of `backbone` calls `hidden = callback(hidden, layer_inputs)` once, before `layer`.
+    """Within the block a forward of `backbone` calls `hidden = callback(hidden, layer_inputs)` once, before `layer`.
 
-    The call happens in the layer loop, outside any checkpointed layer, and the forward goes on with what it returns. A forward
-    that the callback itself starts does not call it again; `run_layers` and a forward stopped at or below `layer` never do.
+    The call happens in the layer loop, outside any checkpointed layer, and the forward goes on with what it returns. A
+    forward that the callback itself starts does not call it again; neither do `run_layers` and a forward stopped at or
+    below `layer`.
 
     Args:
         backbone: the unwrapped backbone (`dllm.models.backbone.unwrap(model).backbone`).
         layer: index of a layer, 0 (right after the embedding) to num_layers - 1.
-        callback: gets the hidden state [B, L, D] before the layer and the layer inputs without cache and recorder, and returns
-            the hidden state [B, L, D] to go on with.
+        callback: gets the hidden state [B, L, D] before the layer and the layer inputs without cache and recorder, and
+            returns the hidden state [B, L, D] to go on with.
 
     Raises:
         ValueError: no such layer.

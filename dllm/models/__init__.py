@@ -13,8 +13,8 @@ from dllm.models.spec import (
     spec_of,
 )
 
-# "{% generation %}" marks the answer, so that masks of assistant tokens work. Contents are trimmed: the text behind a header then
-# never starts with white space that could melt with the header's own.
+# Contents are trimmed: the text behind a header then never starts with white space that could melt with the header's
+# own, so that a prompt with its generation header is a prefix of the conversation that goes on with the answer.
 LLADA_CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"

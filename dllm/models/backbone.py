@@ -1,4 +1,4 @@
-"""One decoder loop for all our families. A family supplies modules (embedding, layers, norm, rotary, head); this file runs them.
+"""One decoder loop for all our families. A family supplies embedding, layers, norms and head; this file runs them.
 
 Shapes: B rows, L positions, P cached positions, D hidden, V vocabulary, E experts, T = B * L, N chosen positions.
 """
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint as run_checkpointed
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from dllm.core.attention import prepare_mask
 from dllm.core.split import LayerInputs, SplitCallback, SplitState
@@ -93,7 +93,12 @@ class FamilyModel(PreTrainedModel):
 
 
 class Backbone(FamilyModel):
-    """Embedding, layers, final norm. A family sets `rotary_emb` and provides `embedding`, `layers` and `final_norm`."""
+    """Embedding, layers, final norm.
+
+    A family sets `rotary_emb` and provides `embedding`, `layers` and `final_norm`; a layer is called as
+    `layer(hidden, **layer_inputs)` and returns one tensor [B, L, D]. Its configuration has `initializer_range` and
+    `output_router_logits`.
+    """
 
     rotary_emb: RotaryEmbedding
     layers: nn.ModuleList
@@ -126,7 +131,7 @@ class Backbone(FamilyModel):
         output_router_logits: bool = False,
         stop_at: int | None = None,
     ) -> BackboneOutput | SplitState:
-        """Hidden states after the final norm; with `stop_at` = i the state before layer i (0: the embeddings), nothing above it.
+        """Hidden states after the final norm; with `stop_at` = i the state before layer i, computing nothing above it.
 
         Args:
             input_ids: int64 [B, L]; or `inputs_embeds`, [B, L, D].
@@ -135,11 +140,11 @@ class Backbone(FamilyModel):
             past_key_values: keys and values of P positions before these; the new ones are appended to it.
             use_cache: start an empty cache when none is given.
             output_hidden_states, output_router_logits: what else to return.
-            stop_at: 0 to num_layers.
+            stop_at: 0 (the embeddings) to num_layers.
 
         Raises:
-            ValueError: both or neither of input_ids and inputs_embeds; a cache together with a split point, or with activation
-                checkpointing in training; recorded outputs together with stop_at.
+            ValueError: both or neither of input_ids and inputs_embeds; a cache together with a split point, or with
+                activation checkpointing in training; recorded outputs together with stop_at; no router to record.
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
@@ -160,6 +165,8 @@ class Backbone(FamilyModel):
             return SplitState(hidden, for_replay(layer_inputs))
         hidden = self.final_norm(hidden)
         logits, choices = recorder.close() if recorder is not None else (None, None)
+        if recorder is not None and not logits:
+            raise ValueError("the model has no routed experts: drop output_router_logits")
         return BackboneOutput(
             last_hidden_state=hidden,
             past_key_values=past_key_values,
@@ -171,14 +178,14 @@ class Backbone(FamilyModel):
     def run_layers(
         self, hidden: torch.Tensor, layer_inputs: LayerInputs, start: int, checkpoint: bool = False
     ) -> torch.Tensor:
-        """The network from layer `start` on, with the final norm: [B, L, D]. Never feeds a cache, a recorder or a split callback.
+        """Layers `start` and up and the final norm: [B, L, D]. Feeds no cache, recorder or split callback.
 
         Args:
             hidden: input of layer `start`, [B, L, D].
             layer_inputs: as a `SplitState` or a split callback brings them.
             start: 0 to num_layers (the final norm alone).
-            checkpoint: recompute each layer in backward instead of keeping its activations, whatever the model's own activation
-                checkpointing and train / eval mode say; False keeps them.
+            checkpoint: recompute each layer in backward instead of keeping its activations, whatever the model's own
+                activation checkpointing and train / eval mode say; False keeps them.
 
         Raises:
             ValueError: no such layer.
@@ -277,11 +284,11 @@ class DiffusionLM(FamilyModel):
         Args:
             logit_positions: int64 [N], flat indices into [B * L]; the result then holds logits [N, V]. None: [B, L, V].
             output_hidden_states, output_router_logits: None means what the configuration says.
-            labels, output_attentions, return_dict: taken only because PEFT and Trainer pass them along, as None / False / True.
+            labels, output_attentions, return_dict: here only because PEFT passes them along (as None, False, True).
             Everything else as in `Backbone.forward`.
 
         Raises:
-            ValueError: labels or output_attentions or return_dict=False asked for; and the errors of `Backbone.forward`.
+            ValueError: labels, output_attentions or return_dict=False asked for; and those of `Backbone.forward`.
         """
         _refuse_unsupported(labels, output_attentions, return_dict)
         wants_router = self.config.output_router_logits if output_router_logits is None else output_router_logits

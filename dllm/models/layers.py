@@ -1,6 +1,6 @@
 """Building blocks that the families share: norm, rotary positions, SwiGLU, attention.
 
-Shapes: B rows, L positions, P cached positions, S = P + L, D hidden, n_h heads, n_kv key heads, d head width, F feed-forward width.
+Shapes: B rows, L positions, P cached positions, S = P + L, D hidden, n_h heads, n_kv key heads, d head width.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 class RMSNorm(nn.Module):
-    """w * cast(x / sqrt(mean(x^2) + eps)): statistics in float32 (or wider), cast to the input's dtype, then the weight."""
+    """w * cast(x / sqrt(mean(x^2) + eps)): statistics in float32 or wider, cast to the dtype of x, then the weight."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -31,10 +31,10 @@ class RMSNorm(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """cos and sin of pos * theta^(-2i / dim), i = 0 .. dim/2 - 1, repeated twice along the last axis: two tensors [B, L, dim].
+    """cos and sin of pos * theta^(-2i / dim), i = 0 .. dim/2 - 1, twice along the last axis: two tensors [B, L, dim].
 
-    The frequencies are computed in every forward and kept in no buffer: so `model.to(bfloat16)` cannot round them, and nothing is
-    left uninitialised by loading on the meta device.
+    The frequencies are computed in every forward and kept in no buffer: so `model.to(bfloat16)` cannot round them, and
+    nothing is left uninitialised by loading on the meta device.
 
     Args:
         dim: number of rotated dimensions of a head, even.
@@ -60,9 +60,9 @@ class RotaryEmbedding(nn.Module):
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x * cos + cat(-x2, x1) * sin on the first cos.shape[-1] dimensions of `x` [B, n, L, d], x1 and x2 their halves; dtype of `x`.
+    """x * cos + cat(-x2, x1) * sin on the first d_r dimensions of `x` [B, n, L, d], x1 and x2 being their halves.
 
-    cos, sin: [B, L, d_r] with d_r <= d; the other dimensions pass through.
+    cos, sin: [B, L, d_r] with d_r <= d; the other dimensions pass through. The result has the dtype of `x`.
     """
     width = cos.shape[-1]
     turned, rest = x[..., :width], x[..., width:]
@@ -112,7 +112,7 @@ def eager_attention(
 class AttentionMixin:
     """What transformers' attention functions read from the module they are given, and the call itself.
 
-    A class that uses it sets `config`, `layer_idx`, `head_dim`, `scaling`, `num_key_value_groups` and `attention_dropout`.
+    A class that uses it calls `set_attention` in its constructor.
     """
 
     is_causal = False
@@ -124,11 +124,13 @@ class AttentionMixin:
     attention_dropout: float
     training: bool
 
-    def set_attention(self, config: PreTrainedConfig, layer_idx: int, head_dim: int, dropout: float) -> None:
-        """Sets the fields above from the configuration."""
+    def set_attention(
+        self, config: PreTrainedConfig, layer_idx: int, head_dim: int, groups: int, dropout: float
+    ) -> None:
+        """Sets the fields above; `groups` query heads share one key head."""
         self.config, self.layer_idx, self.head_dim = config, layer_idx, head_dim
         self.scaling = head_dim**-0.5
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.num_key_value_groups = groups
         self.attention_dropout = dropout
 
     def split_heads(self, x: torch.Tensor) -> torch.Tensor:
@@ -144,7 +146,10 @@ class AttentionMixin:
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         past_key_values: Cache | None,
     ) -> torch.Tensor:
-        """Rotates, appends to the cache and attends: [B, L, n_h * d] from query [B, n_h, L, d] and key, value [B, n_kv, L, d]."""
+        """Rotates, appends to the cache and attends: [B, L, n_h * d].
+
+        query: [B, n_h, L, d]; key, value: [B, n_kv, L, d].
+        """
         query, key = (apply_rotary(x, *position_embeddings) for x in (query, key))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)

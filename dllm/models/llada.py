@@ -21,9 +21,10 @@ from dllm.models.moe import RouterRecorder
 class LLaDAConfig(PreTrainedConfig):
     """Configuration of dense LLaDA; field names are those of the published config.json.
 
-    Fields that say how the weights were first drawn (init_fn, init_device, ...), flash_attention, precision and use_cache are stored
-    and not used: new weights are normal with `init_std`, `attn_implementation` chooses the kernel, the argument of forward the cache.
-    `tie_word_embeddings` follows `weight_tying`, whatever the file says: old files carry transformers' default there.
+    Fields that say how the weights were first drawn (init_fn, init_device, ...), flash_attention, precision and
+    use_cache are stored and not used: new weights are normal with `init_std`, `attn_implementation` chooses the kernel,
+    the argument of forward the cache. `tie_word_embeddings` follows `weight_tying`, whatever the file says: old files
+    carry transformers' default there.
 
     Raises:
         ValueError: a setting that this implementation does not have.
@@ -84,15 +85,31 @@ class LLaDAConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs) -> None:
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
-        if self.mlp_hidden_size is None:
-            self.mlp_hidden_size = self.mlp_ratio * self.d_model
-        if self.embedding_size is None:
-            self.embedding_size = self.vocab_size
         self.tie_word_embeddings = self.weight_tying
         if kwargs.pop("rope_scaling", None):
             raise ValueError("rope_scaling is not supported for LLaDA: remove it from the configuration")
         super().__post_init__(**kwargs)
         self._check()
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def key_heads(self) -> int:
+        """Number of key heads."""
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def feed_forward_width(self) -> int:
+        """Width inside the feed-forward part."""
+        return self.mlp_hidden_size or self.mlp_ratio * self.d_model
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the embedding and of the head."""
+        return self.embedding_size or self.vocab_size
 
     def _check(self) -> None:
         for name in self.architectures or []:
@@ -122,9 +139,9 @@ class LLaDAConfig(PreTrainedConfig):
             found.append("biases in norms (only bias_for_layer_norm=False)")
         if self.d_model % (2 * self.n_heads):
             found.append(f"d_model={self.d_model} must be a multiple of 2 * n_heads={2 * self.n_heads}")
-        if self.n_heads % (self.n_kv_heads or 1):
+        if self.n_heads % self.key_heads:
             found.append(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}")
-        if (self.embedding_size or 0) < self.vocab_size:
+        if self.num_embeddings < self.vocab_size:
             found.append(f"embedding_size={self.embedding_size} must be at least vocab_size={self.vocab_size}")
         if found:
             raise ValueError(f"unsupported LLaDA configuration: {'; '.join(found)}")
@@ -135,9 +152,9 @@ class LLaDABlock(GradientCheckpointingLayer, AttentionMixin):
 
     def __init__(self, config: LLaDAConfig, layer_idx: int) -> None:
         super().__init__()
-        size, width, head_dim = config.d_model, config.mlp_hidden_size, config.d_model // config.n_heads
-        self.set_attention(config, layer_idx, head_dim, config.attention_dropout)
-        key_width = config.n_kv_heads * head_dim
+        size, width, key_width = config.d_model, config.feed_forward_width, config.key_heads * config.head_dim
+        groups = config.n_heads // config.key_heads
+        self.set_attention(config, layer_idx, config.head_dim, groups, config.attention_dropout)
         bias, qkv_bias = config.include_bias, config.include_bias or config.include_qkv_bias
         self.q_proj = nn.Linear(size, size, bias=qkv_bias)
         self.k_proj = nn.Linear(size, key_width, bias=qkv_bias)
@@ -165,8 +182,8 @@ class LLaDABlock(GradientCheckpointingLayer, AttentionMixin):
         query, key, value = self.q_proj(normed), self.k_proj(normed), self.v_proj(normed)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        heads = (self.split_heads(x) for x in (query, key, value))
-        attended = self.attend(*heads, attention_mask, position_embeddings, past_key_values)
+        query, key, value = (self.split_heads(x) for x in (query, key, value))
+        attended = self.attend(query, key, value, attention_mask, position_embeddings, past_key_values)
         hidden = hidden + self.dropout(self.attn_out(attended))
         normed = self.ff_norm(hidden)
         return hidden + self.dropout(self.ff_out(F.silu(self.ff_proj(normed)) * self.up_proj(normed)))
@@ -177,12 +194,12 @@ class LLaDATransformer(nn.Module):
 
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.embedding_size, config.d_model)
+        self.wte = nn.Embedding(config.num_embeddings, config.d_model)
         self.blocks = nn.ModuleList(LLaDABlock(config, i) for i in range(config.n_layers))
         self.ln_f = RMSNorm(config.d_model, config.rms_norm_eps)
         self.ff_out: nn.Linear | None = None
         if not config.weight_tying:
-            self.ff_out = nn.Linear(config.d_model, config.embedding_size, bias=config.include_bias)
+            self.ff_out = nn.Linear(config.d_model, config.num_embeddings, bias=config.include_bias)
 
 
 class LLaDAModel(Backbone):
@@ -230,6 +247,7 @@ class LLaDAModel(Backbone):
 class LLaDAModelLM(DiffusionLM):
     """Dense LLaDA with its head; parameter names and shapes are those of the published checkpoints."""
 
+    model: LLaDAModel
     config_class = LLaDAConfig
     _no_split_modules = ["LLaDABlock"]
 
@@ -269,5 +287,6 @@ class LLaDAModelLM(DiffusionLM):
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
         """As in transformers; also keeps `config.embedding_size` in step."""
         embedding = super().resize_token_embeddings(*args, **kwargs)
-        self.config.embedding_size = embedding.num_embeddings
+        if self.config.embedding_size is not None:
+            self.config.embedding_size = embedding.num_embeddings
         return embedding

@@ -30,9 +30,9 @@ IGNORED_FIELDS = {
 class LLaDAMoEConfig(PreTrainedConfig):
     """Configuration of LLaDA-MoE; field names are those of the published config.json.
 
-    norm_topk_prob, moe_router_score_function, routed_scaling_factor and the router groups are stored and not used, as in the
-    published model; a value that would matter if they were is loaded with a warning. `use_cache` is stored and not used: the
-    argument of forward decides.
+    norm_topk_prob, moe_router_score_function, routed_scaling_factor and the router groups are stored and not used, as
+    in the published model; a value that would matter if they were is loaded with a warning. `use_cache` is stored and
+    not used: the argument of forward decides.
 
     Raises:
         ValueError: a setting that this implementation does not have.
@@ -91,49 +91,61 @@ class LLaDAMoEConfig(PreTrainedConfig):
                 )
 
     def _check(self) -> None:
-        heads, key_heads = self.num_attention_heads, self.num_key_value_heads
-        shared, pad = self.shared_expert_intermediate_size, self.pad_token_id
-        problems = {
-            f"hidden_act={self.hidden_act!r}: only 'silu'": self.hidden_act != "silu",
-            "tie_word_embeddings=True: the head has weights of its own": self.tie_word_embeddings,
-            f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={heads}": self.hidden_size
-            % heads,
-            f"num_attention_heads={heads} must be a multiple of num_key_value_heads={key_heads}": heads
-            % (key_heads or 1),
-            f"rope_theta={self.rope_theta} must be positive": self.rope_theta <= 0,
-            f"partial_rotary_factor={self.partial_rotary_factor} must lie in (0, 1]": not 0
-            < self.partial_rotary_factor
-            <= 1,
-            f"partial_rotary_factor={self.partial_rotary_factor} gives no even number of dimensions": self.rotary_dim
-            % 2,
-            f"moe_layer_freq must have {self.num_hidden_layers} entries, one per layer": len(self.moe_layer_freq or ())
-            != self.num_hidden_layers,
-            f"num_experts_per_tok={self.num_experts_per_tok} must lie in 1 to num_experts={self.num_experts}": not 1
-            <= self.num_experts_per_tok
-            <= self.num_experts,
-            f"shared_expert_intermediate_size={shared} must be positive, or null for none": shared is not None
-            and shared < 1,
-            f"pad_token_id={pad} lies outside the vocabulary of {self.vocab_size}": pad is not None
-            and not 0 <= pad < self.vocab_size,
-        }
-        found = [text for text, wrong in problems.items() if wrong]
+        heads, top_k, pad = self.num_attention_heads, self.num_experts_per_tok, self.pad_token_id
+        found = []
+        if self.hidden_act != "silu":
+            found.append(f"hidden_act={self.hidden_act!r} (only 'silu')")
+        if self.tie_word_embeddings:
+            found.append("tie_word_embeddings=True (the head has weights of its own)")
+        if self.hidden_size % heads:
+            found.append(f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={heads}")
+        if heads % self.key_heads:
+            found.append(f"num_attention_heads={heads} must be a multiple of num_key_value_heads={self.key_heads}")
+        if self.rope_theta <= 0:
+            found.append(f"rope_theta={self.rope_theta} must be positive")
+        if not 0 < self.partial_rotary_factor <= 1 or self.rotary_dim % 2:
+            found.append(
+                f"partial_rotary_factor={self.partial_rotary_factor} must rotate an even share in (0, 1] of a head"
+            )
+        if len(self.moe_layer_freq or []) != self.num_hidden_layers:
+            found.append(f"moe_layer_freq must have one entry per layer ({self.num_hidden_layers})")
+        if not 1 <= top_k <= self.num_experts:
+            found.append(f"num_experts_per_tok={top_k} must lie in 1 to num_experts={self.num_experts}")
+        if self.shared_expert_intermediate_size is not None and self.shared_expert_intermediate_size < 1:
+            found.append("shared_expert_intermediate_size must be positive, or null for no shared expert")
+        if pad is not None and not 0 <= pad < self.vocab_size:
+            found.append(f"pad_token_id={pad} lies outside the vocabulary of {self.vocab_size}")
         if found:
             raise ValueError(f"unsupported LLaDA-MoE configuration: {'; '.join(found)}")
 
     @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def key_heads(self) -> int:
+        """Number of key heads."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    def is_sparse(self, layer_idx: int) -> bool:
+        """Whether a layer has routed experts."""
+        return bool((self.moe_layer_freq or [])[layer_idx])
+
+    @property
     def rotary_dim(self) -> int:
         """How many dimensions of a head are rotated."""
-        return int(self.hidden_size // self.num_attention_heads * self.partial_rotary_factor)
+        return int(self.head_dim * self.partial_rotary_factor)
 
 
 class LLaDAMoEAttention(nn.Module, AttentionMixin):
-    """Bidirectional attention with grouped key heads; optional norm of q and k per head and optional clamp of q and k."""
+    """Bidirectional attention with grouped key heads; optional norm of q and k per head, optional clamp of q and k."""
 
     def __init__(self, config: LLaDAMoEConfig, layer_idx: int) -> None:
         super().__init__()
-        head_dim = config.hidden_size // config.num_attention_heads
-        self.set_attention(config, layer_idx, head_dim, config.attention_dropout)
-        key_width = config.num_key_value_heads * head_dim
+        head_dim, key_width = config.head_dim, config.key_heads * config.head_dim
+        groups = config.num_attention_heads // config.key_heads
+        self.set_attention(config, layer_idx, head_dim, groups, config.attention_dropout)
         bias = config.attention_bias
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, key_width, bias=bias)
@@ -165,7 +177,7 @@ class LLaDAMoELayer(GradientCheckpointingLayer):
         super().__init__()
         hidden_size = config.hidden_size
         self.self_attn = LLaDAMoEAttention(config, layer_idx)
-        is_sparse = bool(config.moe_layer_freq[layer_idx])
+        is_sparse = config.is_sparse(layer_idx)
         if is_sparse:
             self.mlp = SparseMoE(
                 hidden_size,

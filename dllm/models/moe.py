@@ -15,7 +15,8 @@ from dllm.models.layers import SwiGLU
 class RouterRecorder:
     """Collects what the routers of one forward did: layer index -> (logits [T, E], chosen experts [T, k]).
 
-    The first record of a layer counts and a closed recorder takes none: so the second run of a checkpointed layer adds nothing.
+    The first record of a layer counts and a closed recorder takes none: the second run of a checkpointed layer adds
+    nothing.
     """
 
     def __init__(self) -> None:
@@ -35,7 +36,10 @@ class RouterRecorder:
 
 
 class Router(nn.Module):
-    """Logits x W^T, [T, E]. Not an nn.Linear, so that quantisation and LoRA leave it alone: a rounded router sends tokens elsewhere."""
+    """Logits x W^T, [T, E].
+
+    Not an nn.Linear, so that quantisation and LoRA leave it alone: a rounded router sends tokens elsewhere.
+    """
 
     def __init__(self, hidden_size: int, num_experts: int) -> None:
         super().__init__()
@@ -48,8 +52,8 @@ class Router(nn.Module):
 def run_experts(experts: nn.ModuleList, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """y_i = sum_j weights[i, j] * experts[chosen[i, j]](x_i), [T, D], in the dtype of `x`.
 
-    Tokens are sorted by expert, every expert gets one contiguous chunk, and the results are gathered back: no scatter-add, so
-    the sum has one order. The device is waited for once (the chunk sizes).
+    Tokens are sorted by expert, every expert gets one contiguous chunk, and the results are gathered back: no
+    scatter-add, so the sum has one order. The device is waited for once (the chunk sizes).
 
     Args:
         experts: E modules [n, D] -> [n, D].
@@ -71,7 +75,7 @@ def run_experts(experts: nn.ModuleList, x: torch.Tensor, weights: torch.Tensor, 
 
 
 class SparseMoE(nn.Module):
-    """Routed experts as LLaDA-MoE computes them: p = softmax(x Wg^T) in float32 (plus expert_bias), top-k of p, no renormalisation.
+    """Routed experts of LLaDA-MoE: the top k of p = softmax(x Wg^T) (+ expert_bias), mixed by p, not renormalised.
 
     Args:
         hidden_size: D.
@@ -112,7 +116,8 @@ def load_balancing_loss(
 ) -> torch.Tensor:
     """E * sum_e f_e * P_e over all layers and tokens, a float32 scalar; k where the experts share the tokens evenly.
 
-    f_e is how often a token chose expert e (they sum to k), P_e the mean of softmax(logits)_e; Switch Transformer, equation 4.
+    f_e is how often a token chose expert e (they sum to k), P_e the mean of softmax(logits)_e (Switch Transformer,
+    arXiv 2101.03961, equation 4).
 
     Args:
         router_logits: one [T, E] per MoE layer.

@@ -76,7 +76,7 @@ _SPECS: dict[str, ModelSpec] = {}
 
 
 def register_spec(spec: ModelSpec) -> None:
-    """Adds a family to the table and its classes to transformers' Auto tables; a second call with the same name replaces the first.
+    """Adds a family to the table and its classes to transformers' Auto tables; the same name again replaces it.
 
     Raises:
         ValueError: another family claims one of the architectures.
@@ -86,8 +86,8 @@ def register_spec(spec: ModelSpec) -> None:
         if shared and other.name != spec.name:
             raise ValueError(f"architecture {min(shared)} belongs to the family {other.name!r}: register another name")
     _SPECS[spec.name] = spec
-    # exist_ok: a module imported twice (reload, two import paths) must not fail, and where a later transformers brings a class
-    # for the same model_type ours goes on serving, since only ours has the split point.
+    # exist_ok: a module imported twice (reload, two import paths) must not fail, and where a later transformers brings
+    # a class for the same model_type ours goes on serving, since only ours has the split point.
     AutoConfig.register(spec.model_types[0], spec.config_class, exist_ok=True)
     AutoModel.register(spec.config_class, spec.backbone_class, exist_ok=True)
     AutoModelForCausalLM.register(spec.config_class, spec.model_class, exist_ok=True)
@@ -111,7 +111,7 @@ def get_spec(name: str) -> ModelSpec:
 
 
 def find_spec(config: PreTrainedConfig | Mapping[str, Any]) -> ModelSpec:
-    """The family of a configuration (an object, or the contents of a config.json): by `architectures` first, then `model_type`.
+    """The family of a configuration (object, or contents of a config.json): by `architectures`, then by `model_type`.
 
     Raises:
         ValueError: no family fits; the known ones are listed.
@@ -151,8 +151,9 @@ def load_config(
 ) -> tuple[PreTrainedConfig, ModelSpec | None]:
     """(configuration, family) of a checkpoint, read from its config.json as published: nobody edits a file.
 
-    The file is read raw and the family's own class is built from it, because published checkpoints of different families share a
-    model_type. With `trust_remote_code` an unknown family gives (the configuration transformers makes, None).
+    The file is read raw and the family's own class is built from it, because published checkpoints of different
+    families share a model_type. With `trust_remote_code` an unknown family gives (the configuration transformers
+    makes, None).
 
     Args:
         model_name_or_path: folder, config.json or Hub name.
