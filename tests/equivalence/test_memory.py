@@ -85,8 +85,8 @@ def test_shared_prefix_is_two_passes_with_several_steps_before_the_anchor(make_m
     memory = ParametricMemory(model, config)
     first = _loss_and_gradients(model, memory, batch)
     second = _loss_and_gradients(model, memory, batch, forward=_two_passes)
-    # The prefixes of three states run as one batch here and one by one there: float64 products differ in the last digits,
-    # and phi itself is float32.
+    # The prefixes of three states run as one batch here and one by one there: float64 products differ in the last
+    # digits, and phi itself is float32.
     assert torch.allclose(first[0], second[0], rtol=1e-6)
     for name, gradient in first[1].items():
         assert torch.allclose(gradient, second[1][name], rtol=1e-4, atol=1e-8), name
@@ -236,9 +236,9 @@ def test_taking_the_loss_without_memory_changes_no_gradient_under_autocast(make_
         with torch.autocast("cpu", dtype=torch.bfloat16):
             prefixes = memory.prefixes(inner_steps(batch), None)
         steps, initial = inner_steps(batch), memory.initial(0)
-        with memory.writing(steps, prefixes, batch["input_ids"], initial=initial, **options):
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                return _forward(model, batch)
+        writing = memory.writing(steps, prefixes, batch["input_ids"], initial=initial, **options)
+        with writing, torch.autocast("cpu", dtype=torch.bfloat16):
+            return _forward(model, batch)
 
     def observing(model, memory, batch):
         return forward(model, memory, batch, before_write=observe)
@@ -303,7 +303,7 @@ def test_targets(make_model) -> None:
         make_model("llada"), _settings(inner_layer_fraction=1.0, inner_target_modules="q_proj")
     )
     assert everything.start == 0 and len(everything.fast.targets) == 3
-    with pytest.raises(ValueError, match="unknown mem_inner_target_modules w_proj: choose from .*gate_proj"):
+    with pytest.raises(ValueError, match=r"unknown mem_inner_target_modules w_proj: choose from .*gate_proj"):
         ParametricMemory(make_model(), _settings(inner_target_modules="w_proj"))
 
 

@@ -1,0 +1,62 @@
+"""One process of tests/distributed/test_ddp.py: trains a few steps and writes what it saw to RANK.json."""
+
+import json
+import pathlib
+import sys
+
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer
+
+from dllm.models.spec import load_config
+from memdlm import MemDLMConfig, MemDLMTrainer
+
+
+def main() -> None:
+    checkpoint, output, settings = sys.argv[1], pathlib.Path(sys.argv[2]), json.loads(sys.argv[3])
+    args = MemDLMConfig(output_dir=str(output), use_cpu=True, disable_tqdm=True, save_strategy="no", **settings)
+    generator = torch.Generator().manual_seed(5)
+    rows = []
+    for index in range(12):
+        ids = torch.randint(20, 200, (20,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * 8 + ids[8:], "example_id": index})
+    config, spec = load_config(checkpoint)
+    assert spec is not None
+    model = spec.model_class.from_pretrained(checkpoint, config=config, dtype=torch.float32)
+    trainer = MemDLMTrainer(
+        model=model,
+        args=args,
+        processing_class=AutoTokenizer.from_pretrained(checkpoint),
+        train_dataset=rows,
+        eval_dataset=rows,
+    )
+    written = []
+    if trainer.memory is not None:
+        fast = trainer.memory.fast
+        original = fast.set
+
+        def remember(flat):
+            if flat is not None and not flat.requires_grad:
+                written.append(flat.double().sum().item())
+            original(flat)
+
+        fast.set = remember
+    trainer.train()
+    metrics = trainer.evaluate()
+    seen = {
+        "world_size": args.world_size,
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "weights": {name: value.double().sum().item() for name, value in model.state_dict().items()},
+        "written": written,
+        "eval_nll": metrics["eval_nll"],
+    }
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    (output / f"{rank}.json").write_text(json.dumps(seen))
+    if dist.is_initialized():
+        # Leaving without this aborts at random.
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
