@@ -342,7 +342,7 @@ def unwrap(model: Any) -> DiffusionLM:
     Raises:
         TypeError: there is none of this library's families inside.
     """
-    inner = extract_model_from_parallel(model) if isinstance(model, nn.Module) else model
+    inner = extract_model_from_parallel(model, keep_torch_compile=False) if isinstance(model, nn.Module) else model
     if isinstance(inner, PeftModel):
         inner = inner.get_base_model()
     if not isinstance(inner, DiffusionLM):

@@ -33,8 +33,8 @@ DEFAULT_MODULES = (
     "statistics",
     "textwrap",
 )
-# Runs of line breaks, words and signs with the space before them, other runs of spaces. Where a piece ends never depends
-# on what follows a line break, so that the tokens of a chat header do not change with the text behind it.
+# Runs of line breaks, words and signs with the space before them, other runs of spaces. What follows a line break never
+# changes where the piece ends, so that the tokens of a chat header do not depend on the text behind it.
 PIECES = r"\n+| ?\w+| ?[^\s\w]+|[^\S\n]+"
 
 # Sizes of the tiny model, by family; every other field has its default.
@@ -118,7 +118,7 @@ def make_tiny_checkpoint(
     seed: int = 0,
     **config_overrides: Any,
 ) -> Path:
-    """Writes a checkpoint (config.json, model.safetensors, tokenizer files) with random weights, and returns its folder.
+    """Writes a checkpoint (configuration, safetensors, tokenizer files) with random weights, and returns its folder.
 
     The same arguments give the same files. The global random state is left alone.
 
@@ -140,14 +140,16 @@ def make_tiny_checkpoint(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} holds something already: choose another output folder or delete it")
     tokenizer = train_tokenizer(spec, default_text() if text is None else text, vocab_size)
-    tokens = {
+    settings: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "mask_token_id": tokenizer.mask_token_id,
     }
-    sizes = {**TINY_SIZES.get(family, {}), **config_overrides}
-    config = spec.config_class(vocab_size=len(tokenizer), **{**tokens, **sizes})
+    settings.update(TINY_SIZES.get(family, {}))
+    settings.update(config_overrides)
+    config = spec.config_class(**settings)
     tokenizer.model_max_length = config.max_position_embeddings
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

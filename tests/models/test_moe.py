@@ -1,0 +1,172 @@
+"""Mixture of experts against the naive sum, gradients of every parameter, router losses."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
+
+from dllm.models.layers import SwiGLU
+from dllm.models.moe import RouterRecorder, SparseMoE, load_balancing_loss, run_experts
+
+
+def naive(moe: SparseMoE, x: torch.Tensor) -> torch.Tensor:
+    """Every expert on every token, in float64, one token at a time."""
+    rows = []
+    for token in x.double().reshape(-1, x.shape[-1]):
+        logits = [float(token @ row) for row in moe.gate.weight.detach()]
+        scale = sum(math.exp(value) for value in logits)
+        scores = [math.exp(value) / scale for value in logits]
+        if moe.expert_bias is not None:
+            scores = [score + float(bias) for score, bias in zip(scores, moe.expert_bias, strict=True)]
+        best = sorted(range(len(scores)), key=lambda e: -scores[e])[: moe.top_k]
+        rows.append(sum(scores[e] * moe.experts[e](token) for e in best))
+    return torch.stack(rows).view(x.shape)
+
+
+def make(num_experts=5, top_k=2, expert_bias=False) -> SparseMoE:
+    moe = SparseMoE(6, 4, num_experts, top_k, layer_idx=0, expert_bias=expert_bias).double()
+    with torch.no_grad():
+        for parameter in moe.parameters():
+            parameter.normal_()
+        if moe.expert_bias is not None:
+            moe.expert_bias.normal_()
+    return moe
+
+
+@pytest.mark.parametrize("expert_bias", [False, True])
+@pytest.mark.parametrize("num_experts, top_k", [(5, 2), (3, 3), (40, 1)])
+def test_dispatch_is_the_naive_mixture(num_experts, top_k, expert_bias):
+    moe = make(num_experts, top_k, expert_bias)
+    x = torch.randn(3, 7, 6, dtype=torch.float64)
+    # Router scores are float64 here, so only the order of sums differs.
+    torch.testing.assert_close(moe(x), naive(moe, x), atol=1e-12, rtol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(moe(x), naive(moe, x), atol=1e-12, rtol=1e-12)
+
+
+def test_gradient_of_the_dispatch():
+    moe = make(num_experts=3, top_k=2)
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(moe, (x,))
+
+
+def test_empty_experts_run_only_under_gradients():
+    calls = []
+
+    class Counted(nn.Module):
+        def __init__(self, index):
+            super().__init__()
+            self.index, self.linear = index, nn.Linear(2, 2)
+
+        def forward(self, x):
+            calls.append((self.index, len(x)))
+            return self.linear(x)
+
+    experts = nn.ModuleList(Counted(i) for i in range(3))
+    x, weights, chosen = torch.randn(4, 2), torch.ones(4, 1), torch.full((4, 1), 1)
+    with torch.no_grad():
+        run_experts(experts, x, weights, chosen)
+    assert calls == [(1, 4)]
+    calls.clear()
+    run_experts(experts, x, weights, chosen).sum().backward()
+    assert calls == [(0, 0), (1, 4), (2, 0)]
+    assert all(parameter.grad is not None for parameter in experts.parameters())
+
+
+def test_every_parameter_gets_a_gradient(make_model):
+    model = make_model("llada_moe", num_experts=40, num_experts_per_tok=1)  # 3 tokens cannot reach 40 experts
+    model(torch.tensor([[1, 2, 3]])).logits.square().sum().backward()
+    missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert not missing
+    empty = [e for e in model.backbone.layers[1].mlp.experts if not e.gate_proj.weight.grad.any()]
+    assert len(empty) >= 37
+
+
+def test_all_parameters_of_the_dense_family_get_a_gradient(make_model, ids):
+    model = make_model("llada")
+    model(ids).logits.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_load_balancing_loss(masked):
+    layers, rows, length, num_experts, top_k = 3, 2, 5, 7, 3
+    logits = tuple(torch.randn(rows * length, num_experts) for _ in range(layers))
+    choices = tuple(layer.softmax(-1).topk(top_k, dim=-1).indices for layer in logits)
+    mask = torch.ones(rows, length, dtype=torch.int64)
+    if masked:
+        mask[1, 3:] = 0
+    expected = load_balancing_loss_func(logits, num_experts, top_k, mask if masked else None)
+    got = load_balancing_loss(logits, choices, mask.flatten().bool() if masked else None)
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_even_experts_give_k():
+    choices = (torch.arange(12).view(6, 2) % 4,)
+    assert load_balancing_loss((torch.zeros(6, 4),), choices).item() == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_router_loss_of_the_model(make_model, ids, padding_mask, checkpointing):
+    model = make_model("llada_moe").train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    output = model(ids, attention_mask=padding_mask, output_router_logits=True)
+    assert [tuple(x.shape) for x in output.router_logits] == [(21, 5), (21, 5)]  # the first layer is dense
+    expected = load_balancing_loss_func(output.router_logits, 5, 2, padding_mask)
+    torch.testing.assert_close(output.aux_loss, expected, atol=1e-6, rtol=1e-6)
+    output.aux_loss.backward()
+    got = [model.backbone.layers[i].mlp.gate.weight.grad for i in (1, 2)]
+    plain = make_model("llada_moe")
+    plain(ids, attention_mask=padding_mask, output_router_logits=True).aux_loss.backward()
+    for index, gradient in zip((1, 2), got, strict=True):
+        assert gradient.any() and torch.equal(gradient, plain.backbone.layers[index].mlp.gate.weight.grad)
+
+
+def test_router_loss_trains(make_model, ids):
+    model = make_model("llada_moe", output_router_logits=True)
+    optimizer = torch.optim.SGD([layer.mlp.gate.weight for layer in model.backbone.layers[1:]], lr=0.3)
+    losses = []
+    for _ in range(30):
+        loss = model(ids).aux_loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_no_router_loss_unless_asked(make_model, ids):
+    output = make_model("llada_moe")(ids)
+    assert output.aux_loss is None and output.router_logits is None
+    with pytest.raises(ValueError, match="no routed experts"):
+        make_model("llada")(ids, output_router_logits=True)
+
+
+def test_a_closed_recorder_takes_nothing():
+    recorder = RouterRecorder()
+    first, second = torch.zeros(1, 2), torch.ones(1, 2)
+    recorder.record(1, first, first)
+    recorder.record(1, second, second)
+    recorder.record(0, second, second)
+    logits, _ = recorder.close()
+    assert torch.equal(torch.stack(logits), torch.stack([second, first]))
+    recorder.record(2, second, second)
+    assert len(recorder.close()[0]) == 2
+
+
+def test_swiglu():
+    layer = SwiGLU(3, 5).double()
+    x = torch.randn(2, 3, dtype=torch.float64)
+    gate, up = x @ layer.gate_proj.weight.T, x @ layer.up_proj.weight.T
+    expected = (gate / (1 + torch.exp(-gate)) * up) @ layer.down_proj.weight.T
+    torch.testing.assert_close(layer(x), expected, atol=1e-14, rtol=1e-12)
+
+
+def test_the_router_is_no_linear(make_model):
+    model = make_model("llada_moe")
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert not any(name.endswith("mlp.gate") for name in linears)
+    assert model.backbone.layers[1].mlp.gate.weight.shape == (5, 24)
