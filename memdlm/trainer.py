@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torchmetrics.aggregation import MeanMetric
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dllm.core.trainers.mdlm import MDLMConfig, MDLMTrainer
 from dllm.data.collators import Batch, NoisingCollator
@@ -81,8 +82,7 @@ class MemDLMTrainer(MDLMTrainer):
                 "memory and torch.compile cannot be combined (compiled code ignores hooks): drop --torch_compile"
             )
         sharded = self.is_fsdp_enabled or (
-            self.accelerator.distributed_type == DistributedType.DEEPSPEED
-            and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+            self.accelerator.distributed_type == DistributedType.DEEPSPEED and is_deepspeed_zero3_enabled()
         )
         if sharded:
             raise InputError("memory with sharded parameters (FSDP, ZeRO-3) is not available yet: use DDP or ZeRO-1/2")
@@ -125,7 +125,7 @@ class MemDLMTrainer(MDLMTrainer):
         if self.memory is not None:
             inputs = self._prepare_inputs(inputs)
             with torch.no_grad(), self.memory.attached():
-                loss = self.compute_loss(model, inputs)
+                loss = self.loss_and_outputs(model, inputs)[0]
             self.eval_metrics.update("memory_loss", loss, float(len(inputs["input_ids"])))
         return result
 

@@ -61,9 +61,10 @@ def train(name: str, steps: int) -> None:
 
 def held_out_losses(model, tokenizer, rows) -> dict[str, float]:
     """Loss of held-out rows without memory, and with a memory written from each batch's own labels."""
-    args = MemDLMConfig(output_dir=str(FOLDER / "eval"), per_device_eval_batch_size=8, use_cpu=True, mem_enabled=True) 
-    # pyright: ignore metrics = MemDLMTrainer(model=model, args=args, processing_class=tokenizer,
-    # eval_dataset=rows).evaluate()
+    args = MemDLMConfig(
+        output_dir=str(FOLDER / "eval"), per_device_eval_batch_size=8, use_cpu=True, disable_tqdm=True, mem_enabled=True
+    )
+    metrics = MemDLMTrainer(model=model, args=args, processing_class=tokenizer, eval_dataset=rows).evaluate()
     return {"loss_without_memory": metrics["eval_loss"], "loss_with_memory": metrics["eval_memory_loss"]}
 
 
@@ -139,8 +140,8 @@ def print_table(rows: list[dict]) -> None:
         table.add_row(name, f"{without:.3f}", f"{with_memory:.3f}", f"{seconds:.3f}", f"{memory:.0f}")
     console.print(table)
     console.print(
-        "The memory of a row is written from that row's own labels, so the loss with memory is no evidence of learning;
-        " "compare the losses without memory. One seed of a tiny model proves nothing: docs/memory.md."
+        "The memory of a row is written from that row's own labels, so the loss with memory is no evidence of "
+        "learning; compare the losses without memory. One seed of a tiny model proves nothing: docs/memory.md."
     )
 
 

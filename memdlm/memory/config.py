@@ -164,7 +164,7 @@ class MemoryConfig:
         return cls(**{**values, **overrides})
 
 
-def flag_fields() -> list[tuple[str, Any, dataclasses.Field]]:
+def flag_fields() -> list[tuple[str, Any, Any]]:
     """(name, type, field) of every training flag: each field of MemoryConfig with the prefix `mem_`, less those for
     evaluation only."""
     hints = get_type_hints(MemoryConfig)

@@ -35,9 +35,7 @@ def first_adapted_layer(num_layers: int, fraction: float) -> int:
     return start
 
 
-def find_targets(
-    backbone: Backbone, spec: ModelSpec, roles: tuple[str, ...], start: int
-) -> dict[str, nn.Linear | BaseTunerLayer]:
+def find_targets(backbone: Backbone, spec: ModelSpec, roles: tuple[str, ...], start: int) -> dict[str, nn.Module]:
     """The linears with one of `roles` in layers `start` and up, by their name inside the backbone, in module order.
 
     A linear under PEFT is taken with its adapter around it. A quantised linear is a linear.
@@ -51,12 +49,12 @@ def find_targets(
         raise InputError(f"unknown mem_inner_target_modules {', '.join(unknown)}: choose from {known}")
     leaves = {spec.linear_roles[role] for role in roles}
     prefix = spec.layers.split(".", 1)[1]  # the layers' name as seen from the backbone
-    targets: dict[str, nn.Linear | BaseTunerLayer] = {}
+    targets: dict[str, nn.Module] = {}
     for index, layer in enumerate(backbone.layers):
         if index < start:
             continue
         for name, module in layer.named_modules():
-            if name.rsplit(".", 1)[-1] in leaves and isinstance(module, (nn.Linear, BaseTunerLayer)):
+            if name.rsplit(".", 1)[-1] in leaves and isinstance(_base_linear(module), nn.Linear):
                 targets[f"{prefix}.{index}.{name}"] = module
     if not targets:
         raise InputError(
@@ -64,6 +62,11 @@ def find_targets(
             "name roles that these layers have, or raise mem_inner_layer_fraction"
         )
     return targets
+
+
+def _base_linear(module: nn.Module) -> nn.Module:
+    """The layer under a PEFT adapter; any other module is returned as it is."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 class FastWeights:
@@ -79,12 +82,14 @@ class FastWeights:
         alpha: LoRA alpha.
     """
 
-    def __init__(self, targets: Mapping[str, nn.Linear | BaseTunerLayer], rank: int, alpha: float) -> None:
+    def __init__(self, targets: Mapping[str, nn.Module], rank: int, alpha: float) -> None:
         self.targets = dict(targets)
         self.scale = alpha / rank
         self.shapes: list[tuple[int, int]] = []
         for module in self.targets.values():
-            self.shapes += [(rank, int(module.in_features)), (int(module.out_features), rank)]
+            linear = _base_linear(module)
+            assert isinstance(linear, nn.Linear)
+            self.shapes += [(rank, linear.in_features), (linear.out_features, rank)]
         self.sizes = [rows * columns for rows, columns in self.shapes]
         self.numel = sum(self.sizes)
         self._pairs: list[tuple[torch.Tensor, torch.Tensor]] | None = None

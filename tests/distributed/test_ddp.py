@@ -47,7 +47,8 @@ def test_two_processes_train_as_one_on_the_same_global_batch(checkpoint, tmp_pat
     (single,) = _run(checkpoint, tmp_path / "one", 1, per_device_train_batch_size=4)
     ranks = _run(checkpoint, tmp_path / "two", 2, per_device_train_batch_size=2)
     assert ranks[0]["weights"] == ranks[1]["weights"]
-    # float32; gradients are averaged over two halves instead of summed over one batch. Rows have equally many maskable positions.
+    # float32; gradients are averaged over two halves instead of summed over one batch. Rows have equally many maskable
+    # positions.
     assert ranks[0]["losses"] == pytest.approx(single["losses"], rel=1e-4)
     for name, value in single["weights"].items():
         assert ranks[0]["weights"][name] == pytest.approx(value, rel=1e-3, abs=1e-3), name

@@ -88,4 +88,4 @@ def test_flags_are_the_fields_with_a_prefix(tmp_path) -> None:
     args = MemDLMConfig(output_dir=str(tmp_path), use_cpu=True, mem_inner_lr=0.3, loss_weight_type="uniform")  # pyright: ignore
     assert args.memory().inner_lr == 0.3 and args.memory().loss_weight_type == "uniform"
     with pytest.raises(ValueError, match="mem_inner_rank must be at least 1"):
-        MemDLMConfig(output_dir=str(tmp_path), use_cpu=True, mem_inner_rank=0)  # pyright: ignore
+        MemDLMConfig(output_dir=str(tmp_path), use_cpu=True, mem_inner_rank=0)

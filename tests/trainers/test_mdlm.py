@@ -75,8 +75,8 @@ def test_two_accumulated_batches_of_two_are_one_of_four(load, tokenizer, rows, t
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         results.append((losses, _weights(trainer)))
-    # Every row has as many maskable positions, so the mean of two means is the mean; float64 up to the order of sums. The loss
-    # weights are float32.
+    # Every row has as many maskable positions, so the mean of two means is the mean; float64 up to the order of sums.
+    # The loss weights are float32.
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
     for name, value in results[0][1].items():
         assert torch.allclose(value, results[1][1][name], rtol=1e-6, atol=1e-9), name

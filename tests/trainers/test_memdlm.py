@@ -66,7 +66,8 @@ def test_memory_trains_and_logs_both_losses(load, tokenizer, rows, tmp_path) -> 
     plain.train()
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    # Same start, order and masks: taken without memory, the first batch has the plain run's loss (another kernel path: float32).
+    # Same start, order and masks: taken without memory, the first batch has the plain run's loss (another kernel path:
+    # float32).
     assert logs[0]["loss_without_memory"] == pytest.approx(_losses(plain)[0], rel=1e-5)
     for entry in logs:
         assert entry["loss"] < entry["loss_without_memory"]
@@ -166,9 +167,9 @@ def test_an_exception_in_a_step_leaves_the_model_clean(load, tokenizer, rows, tm
 
 
 def test_combinations_that_cannot_work_are_refused(load, tokenizer, rows, tmp_path) -> None:
-    with pytest.raises(ValueError, match="torch.compile cannot be combined"):
+    with pytest.raises(ValueError, match=r"torch\.compile cannot be combined"):
         _memory_trainer(load(), tokenizer, rows, tmp_path, torch_compile=True, **MEMORY)
-    with pytest.raises(ValueError, match="leaves none: use at least 0.2"):
+    with pytest.raises(ValueError, match=r"leaves none: use at least 0\.2"):
         _memory_trainer(load(), tokenizer, rows, tmp_path, **{**MEMORY, "mem_inner_layer_fraction": 1e-17})
     with pytest.raises(ValueError, match="mem_prompt_mask_ratio has no effect in training"):
         _memory_trainer(load(), tokenizer, rows, tmp_path, mem_prompt_mask_ratio=0.5, **MEMORY)

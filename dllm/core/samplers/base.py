@@ -12,6 +12,7 @@ from torch import nn
 from dllm.models.backbone import unwrap
 from dllm.models.spec import spec_of
 from dllm.utils.parsing import InputError
+from dllm.utils.tokens import token_id
 
 
 @dataclass
@@ -45,10 +46,8 @@ class BaseSampler(ABC):
     """
 
     def __init__(self, model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
-        if tokenizer.mask_token_id is None:
-            raise InputError("the tokenizer has no mask token: load it with dllm.utils.get_tokenizer")
         self.model = model
-        self.mask_token_id: int = tokenizer.mask_token_id
+        self.mask_token_id = token_id(tokenizer, "mask_token")
         self.spec = spec_of(unwrap(model))
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""MDLMSampler: commit the surest tokens of all masked positions, step by step (LLaDA, arXiv 2502.09992, algorithm 5)."""
+"""MDLMSampler: commit the surest tokens of all masked positions, step by step (arXiv 2502.09992, algorithm 5)."""
 
 from __future__ import annotations
 

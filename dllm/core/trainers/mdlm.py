@@ -26,6 +26,7 @@ from dllm.models.backbone import unwrap
 from dllm.models.spec import spec_of
 from dllm.utils.args import TrainingArguments
 from dllm.utils.parsing import InputError
+from dllm.utils.tokens import token_id
 
 
 @dataclass
@@ -99,17 +100,17 @@ class MDLMTrainer(transformers.Trainer):
     ) -> None:
         if args is None or processing_class is None:
             raise InputError(f"{type(self).__name__} needs args (an MDLMConfig) and processing_class (the tokenizer)")
-        _check_tokens(processing_class)
         _check_checkpointing(args)
         self.lm = unwrap(model)
         self.spec = spec_of(self.lm)
         self.scheduler_alpha = scheduler or make_alpha_scheduler(args.alpha_scheduler)
-        pad = data_collator or PaddingCollator(processing_class.pad_token_id)
+        pad = data_collator or PaddingCollator(token_id(processing_class, "pad_token"))
+        train_collator = self.make_collator(pad, args, processing_class, "train")
         self.eval_collator = self.make_collator(pad, args, processing_class, "eval")
         super().__init__(
             model=model,
             args=args,
-            data_collator=self.make_collator(pad, args, processing_class, "train"),
+            data_collator=train_collator,
             train_dataset=with_example_ids(train_dataset),
             eval_dataset=with_example_ids(eval_dataset),
             processing_class=processing_class,
@@ -120,7 +121,7 @@ class MDLMTrainer(transformers.Trainer):
         self.clock = StepClock()
         self.eval_metrics = OnEvaluateMetricsCallback(self, {"nll": NLLMetric(), "ppl": PPLMetric()})
         self.num_empty_batches = 0
-        for callback in (self.clock, self.eval_metrics, _SetEpoch(self.data_collator)):
+        for callback in (self.clock, self.eval_metrics, _SetEpoch(train_collator)):
             self.add_callback(callback)
 
     def make_collator(self, pad, args: MDLMConfig, tokenizer, stream: str) -> NoisingCollator:
@@ -130,7 +131,7 @@ class MDLMTrainer(transformers.Trainer):
     def _noising_settings(self, args: MDLMConfig, tokenizer, stream: str) -> dict[str, Any]:
         return {
             "scheduler": self.scheduler_alpha,
-            "mask_token_id": tokenizer.mask_token_id,
+            "mask_token_id": token_id(tokenizer, "mask_token"),
             "time_epsilon": args.time_epsilon,
             "seed": args.data_seed if args.data_seed is not None else args.seed,
             "stream": stream,
@@ -153,13 +154,17 @@ class MDLMTrainer(transformers.Trainer):
         return normalise(nll, positions, inputs["input_ids"].shape[1], weights, inputs["num_maskable"], norm_type)
 
     def compute_loss(self, model, inputs: Batch, return_outputs: bool = False, num_items_in_batch=None):
-        """Masked-diffusion loss of a collated batch; a batch with nothing maskable has loss 0 and is counted in the
-        log."""
+        """Masked-diffusion loss of a collated batch; with nothing maskable it is 0, and the log counts such batches."""
+        loss, outputs = self.loss_and_outputs(model, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def loss_and_outputs(self, model, inputs: Batch):
+        """(scalar loss, model output) of a collated batch; router losses are added with the configuration's weight."""
         outputs = self.forward_loss_positions(model, inputs)
         loss = self.weighted_loss(outputs.logits, inputs, self.args.loss_norm_type)
         if outputs.aux_loss is not None:
             loss = loss + self.lm.config.router_aux_loss_coef * outputs.aux_loss
-        return (loss, outputs) if return_outputs else loss
+        return loss, outputs
 
     def training_step(self, model, inputs: Batch, num_items_in_batch=None) -> torch.Tensor:
         # Counted where the batch still lies on the CPU: reading the sum from the device would wait for it.
@@ -170,20 +175,20 @@ class MDLMTrainer(transformers.Trainer):
         """(loss, None, None): logits of a diffusion LM at random masks are of no use to compute_metrics."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            loss, outputs = self.loss_and_outputs(model, inputs)
             tokens = inputs["num_maskable"].sum()
             per_token = self.weighted_loss(outputs.logits, inputs, "token")
         for name in ("nll", "ppl"):
             self.eval_metrics.update(name, per_token, tokens)
         return loss.detach(), None, None
 
-    def get_eval_dataloader(self, eval_dataset=None):
+    def get_eval_dataloader(self, eval_dataset: Any = None):
         if not isinstance(eval_dataset, str):
             eval_dataset = with_example_ids(eval_dataset)
         with self._collating_with(self.eval_collator):
             return super().get_eval_dataloader(eval_dataset)
 
-    def get_test_dataloader(self, test_dataset):
+    def get_test_dataloader(self, test_dataset: Any):
         with self._collating_with(self.eval_collator):
             return super().get_test_dataloader(with_example_ids(test_dataset))
 
@@ -232,7 +237,7 @@ class _WithExampleIds(Dataset):
         return {**self.rows[index], "example_id": index}
 
 
-def with_example_ids(dataset):
+def with_example_ids(dataset: Any) -> Any:
     """`dataset` with an `example_id` in every row (its index, unless the rows have one already); None and dicts of data
     sets pass through.
 
@@ -243,9 +248,9 @@ def with_example_ids(dataset):
         return None
     if isinstance(dataset, dict):
         return {name: with_example_ids(part) for name, part in dataset.items()}
+    if isinstance(dataset, datasets.IterableDataset) and "example_id" in (dataset.column_names or []):
+        return dataset
     if isinstance(dataset, (IterableDataset, datasets.IterableDataset)):
-        if "example_id" in (dataset.column_names or []):
-            return dataset
         raise InputError("an iterable data set needs an `example_id` column (int): masks are drawn from it")
     if isinstance(dataset, datasets.Dataset):
         if "example_id" in dataset.column_names:
@@ -254,20 +259,9 @@ def with_example_ids(dataset):
     return _WithExampleIds(dataset) if len(dataset) and "example_id" not in dataset[0] else dataset
 
 
-def _check_tokens(tokenizer) -> None:
-    if tokenizer.mask_token_id is None:
-        raise InputError(
-            "the tokenizer has no mask token: load it with dllm.utils.get_tokenizer or set tokenizer.mask_token"
-        )
-    if tokenizer.pad_token_id is None:
-        raise InputError(
-            "the tokenizer has no pad token: load it with dllm.utils.get_tokenizer or set tokenizer.pad_token"
-        )
-
-
 def _check_checkpointing(args: TrainingArguments) -> None:
-    settings = args.gradient_checkpointing_kwargs or {}
-    if args.gradient_checkpointing and settings.get("use_reentrant", False):
+    settings = args.gradient_checkpointing_kwargs
+    if args.gradient_checkpointing and isinstance(settings, dict) and settings.get("use_reentrant", False):
         raise InputError(
             "reentrant activation checkpointing cannot be used: torch.autograd.grad fails under it; "
             "pass --gradient_checkpointing_kwargs '{\"use_reentrant\": false}'"
