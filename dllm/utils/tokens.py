@@ -14,7 +14,8 @@ def token_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int:
     token = tokenizer.special_tokens_map.get(name)
     if token is None:
         raise InputError(
-            f"the tokenizer has no {name.replace('_', ' ')}: load it with dllm.utils.get_tokenizer or set tokenizer.{name}"
+            f"the tokenizer has no {name.replace('_', ' ')}: load it with dllm.utils.get_tokenizer "
+            f"or set tokenizer.{name}"
         )
     found = tokenizer.convert_tokens_to_ids(str(token))
     assert isinstance(found, int)
