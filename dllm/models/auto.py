@@ -242,7 +242,7 @@ def _base_and_adapter(model: str, adapter: str | None, base: str | None) -> tupl
         found = resolve_with_base_env(named, "BASE_MODELS_DIR")
         if not _has_config(found):
             raise InputError(
-                f"the adapter {model} stands on {found}, which is no model that can be found: pass base_model_name_or_path"
+                f"the adapter {model} stands on {found}, which is not to be found: pass base_model_name_or_path"
             )
         return found, model
     if base is not None:

@@ -39,8 +39,8 @@ def _find_on_hub(name: str, filename: str) -> pathlib.Path | None:
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(
-            f"{name} is no folder here and could not be fetched from the Hub: give a checkpoint folder, or a Hub name that "
-            f"can be reached from here ({reason})"
+            f"{name} is no folder here and could not be fetched from the Hub: give a checkpoint folder, or a Hub "
+            f"name that can be reached from here ({reason})"
         ) from error
     return None if found is None else pathlib.Path(found)
 

@@ -106,6 +106,7 @@ def load_adapter(model: PreTrainedModel, adapter_name_or_path: str, is_trainable
     if weights is None:
         raise InputError(f"{adapter_name_or_path} has no {ADAPTER_WEIGHTS}: fetch or copy it again")
     config.inference_mode = not is_trainable
+    config.base_model_name_or_path = model.name_or_path  # where the base is now; PEFT warns of a difference
     misfit = f"the adapter {adapter_name_or_path} does not fit {model.name_or_path or type(model).__name__}"
     fix = "give the base that it was trained on"
     try:
