@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, make_dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -51,8 +52,8 @@ class MemDLMTrainer(MDLMTrainer):
         forward_loss_positions  the forward writes the memory at the split point
         training_step           the memory stays in place until after backward
         prediction_step         adds `eval_memory_loss`; `eval_loss` stays the loss without memory
-    and logs, at every logging step, `loss_without_memory` (same batch, memory taken away) and what the inner loop did.
-    The loss with
+    and logs, at every logging step, the losses of its batches with and without memory, their gap, and what the inner
+    loop did. The loss with
     memory is conditioned on the very labels that it asks for: it is no evidence of learning (docs/memory.md).
 
     Raises:
@@ -74,7 +75,7 @@ class MemDLMTrainer(MDLMTrainer):
         self.memory = ParametricMemory(self.lm, self.memory_config, self.scheduler_alpha)
         self.eval_metrics.metrics["memory_loss"] = MeanMetric()
         self._writes: list[InnerReport] = []
-        self._losses_without_memory: list[torch.Tensor] = []
+        self._observed: dict[str, list[torch.Tensor]] = {"loss_with_memory": [], "loss_without_memory": []}
 
     def _refuse_engines(self) -> None:
         if self.args.torch_compile:
@@ -100,6 +101,7 @@ class MemDLMTrainer(MDLMTrainer):
         with self.accelerator.autocast():
             prefixes = self.memory.prefixes(steps, inputs.get("attention_mask"))
         training = model.training
+        observed = training and self._logs_this_step
         seed_parts = ("train", self.state.global_step) if training else ("eval",)
         with self.memory.writing(
             steps,
@@ -107,9 +109,11 @@ class MemDLMTrainer(MDLMTrainer):
             inputs["input_ids"],
             initial=self.memory.initial(*seed_parts),
             reduce_gradient=self._average if training and self._sync_inner else None,
-            before_write=self._loss_without_memory(inputs) if training and self._logs_this_step else None,
+            before_write=self._observe_loss_without_memory(inputs) if observed else None,
         ):
             outputs = super().forward_loss_positions(model, inputs)
+        if observed:
+            self._observe("loss_with_memory", outputs.logits, inputs)
         if training and self.memory.report is not None:
             self._writes.append(self.memory.report)
         return outputs
@@ -142,14 +146,17 @@ class MemDLMTrainer(MDLMTrainer):
         every = max(1, int(self.state.logging_steps))
         return step % every == 0 or (step == 1 and self.args.logging_first_step)
 
-    def _loss_without_memory(self, inputs: Batch):
-        def observe(hidden: torch.Tensor, layer_inputs: dict[str, Any]) -> None:
+    def _observe(self, name: str, logits: torch.Tensor, inputs: Batch) -> None:
+        with torch.no_grad():
+            self._observed[name].append(self.weighted_loss(logits, inputs, self.args.loss_norm_type))
+
+    def _observe_loss_without_memory(self, inputs: Batch):
+        def before_write(hidden: torch.Tensor, layer_inputs: dict[str, Any]) -> None:
             assert self.memory is not None
             logits = self.memory.readout(hidden, layer_inputs, inputs["loss_positions"])
-            loss = self.weighted_loss(logits, inputs, self.args.loss_norm_type)
-            self._losses_without_memory.append(loss.detach())
+            self._observe("loss_without_memory", logits, inputs)
 
-        return observe
+        return before_write
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.memory is not None and self._writes:
@@ -157,15 +164,27 @@ class MemDLMTrainer(MDLMTrainer):
         super().log(logs, start_time)
 
     def _memory_logs(self) -> dict[str, float]:
-        """Means over the writes since the last log, on this rank; `loss_without_memory` is that of the logged step's
-        batches."""
+        """Losses of the logged step's batches with and without memory, and means over the writes since the last log.
+
+        On this rank; the gap is the loss without memory minus the loss with.
+        """
+        values = {}
+        for name, losses in self._observed.items():
+            if losses:
+                values[name] = float(torch.stack(losses).mean())
+                losses.clear()
+        if values:
+            values["memory_gap"] = values["loss_without_memory"] - values["loss_with_memory"]
         writes, self._writes = self._writes, []
-        without, self._losses_without_memory = self._losses_without_memory, []
-        values = {"mem_change": float(torch.stack([write.change for write in writes]).mean())}
-        if without:
-            values["loss_without_memory"] = float(torch.stack(without).mean())
-        for field in ("losses", "grad_norms", "skipped"):
-            per_step = torch.stack([dataclasses.asdict(write)[field] for write in writes]).mean(dim=0).tolist()
-            name = {"losses": "inner_loss", "grad_norms": "inner_grad_norm", "skipped": "inner_skipped"}[field]
+        values["mem_change"] = float(torch.stack([write.change for write in writes]).mean())
+        for name in ("inner_loss", "inner_grad_norm", "inner_skipped"):
+            per_step = torch.stack([_REPORTED[name](write) for write in writes]).mean(dim=0).tolist()
             values.update({f"mem_{name}_{index + 1}": round(value, 6) for index, value in enumerate(per_step)})
         return values
+
+
+_REPORTED: dict[str, Callable[[InnerReport], torch.Tensor]] = {
+    "inner_loss": attrgetter("losses"),
+    "inner_grad_norm": attrgetter("grad_norms"),
+    "inner_skipped": attrgetter("skipped"),
+}

@@ -70,7 +70,8 @@ def test_memory_trains_and_logs_both_losses(load, tokenizer, rows, tmp_path) -> 
     # float32).
     assert logs[0]["loss_without_memory"] == pytest.approx(_losses(plain)[0], rel=1e-5)
     for entry in logs:
-        assert entry["loss"] < entry["loss_without_memory"]
+        assert entry["loss_with_memory"] == pytest.approx(entry["loss"], rel=1e-5)  # one batch a step: the same number
+        assert entry["memory_gap"] == entry["loss_without_memory"] - entry["loss_with_memory"] > 0
         assert entry["mem_change"] > 0 and entry["mem_inner_skipped_1"] == 0
         assert {"mem_inner_loss_1", "mem_inner_loss_2", "mem_inner_grad_norm_1", "mem_inner_grad_norm_2"} <= set(entry)
     metrics = trainer.evaluate()
