@@ -73,11 +73,12 @@ def prepare_mask(
             past_key_values=past_key_values,
             allow_is_bidirectional_skip=False,
         )
-    fits = attention_mask.dim() == 4 and shape[0] in (1, num_rows) and shape[2:] == (length, num_keys)
-    if not fits:
+    num_heads = config.num_attention_heads
+    broadcasts = attention_mask.dim() == 4 and shape[0] in (1, num_rows) and shape[1] in (1, num_heads)
+    if not broadcasts or shape[2:] != (length, num_keys):
         raise ValueError(
             f"attention_mask has shape {shape}, expected {(num_rows, num_keys)} or "
-            f"({num_rows} or 1, heads or 1, {length}, {num_keys})"
+            f"({num_rows} or 1, {num_heads} or 1, {length}, {num_keys})"
         )
     return _prepare_4d(implementation, hidden, attention_mask.to(hidden.device))
 
@@ -98,7 +99,8 @@ def _prepare_4d(implementation: str, hidden: torch.Tensor, mask: torch.Tensor) -
     if is_bool:
         return torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, lowest)
     # Clamped before the cast: the lowest float32 would become -inf in bfloat16, and a row of -inf gives nan.
-    return mask.clamp(min=lowest).to(hidden.dtype)
+    wide = mask.to(torch.promote_types(mask.dtype, hidden.dtype))
+    return wide.clamp(min=lowest).to(hidden.dtype)
 
 
 def _dense_block_mask(mask: torch.Tensor) -> BlockMask:

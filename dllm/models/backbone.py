@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -240,7 +240,7 @@ class Backbone(FamilyModel):
             return
         if stop_at is not None or self.split_callback is not None:
             raise ValueError("a split point and a KV cache exclude each other: run without past_key_values / use_cache")
-        if self.training and self.is_gradient_checkpointing:
+        if self.training and any(_checkpoints_itself(layer) for layer in self.layers):
             raise ValueError(
                 "a KV cache and activation checkpointing exclude each other: call model.eval() or drop the cache"
             )
@@ -359,17 +359,20 @@ def _plain_call(layer: nn.Module, inputs: LayerInputs) -> Callable[[torch.Tensor
     return run
 
 
+def _checkpoints_itself(layer: nn.Module) -> TypeGuard[GradientCheckpointingLayer]:
+    return isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing
+
+
 @contextlib.contextmanager
 def _without_own_checkpointing(layer: nn.Module) -> Iterator[None]:
-    if not isinstance(layer, GradientCheckpointingLayer):
+    if not _checkpoints_itself(layer):
         yield
         return
-    was = layer.gradient_checkpointing
     layer.gradient_checkpointing = False
     try:
         yield
     finally:
-        layer.gradient_checkpointing = was
+        layer.gradient_checkpointing = True
 
 
 def _refuse_unsupported(labels, output_attentions, return_dict) -> None:

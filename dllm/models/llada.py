@@ -88,6 +88,9 @@ class LLaDAConfig(PreTrainedConfig):
         self.tie_word_embeddings = self.weight_tying
         if kwargs.pop("rope_scaling", None):
             raise ValueError("rope_scaling is not supported for LLaDA: remove it from the configuration")
+        given = kwargs.pop("head_dim", None)  # a property here, derived from the other sizes
+        if given not in (None, self.head_dim):
+            raise ValueError(f"head_dim={given} is not supported for LLaDA: heads are {self.head_dim} wide here")
         super().__post_init__(**kwargs)
         self._check()
 

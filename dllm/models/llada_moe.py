@@ -81,6 +81,9 @@ class LLaDAMoEConfig(PreTrainedConfig):
             self.moe_layer_freq = [1] * self.num_hidden_layers
         if kwargs.pop("rope_scaling", None):
             raise ValueError("rope_scaling is not supported for LLaDA-MoE: remove it from the configuration")
+        given = kwargs.pop("head_dim", None)  # a property here, derived from the other sizes
+        if given not in (None, self.head_dim):
+            raise ValueError(f"head_dim={given} is not supported for LLaDA-MoE: heads are {self.head_dim} wide here")
         super().__post_init__(**kwargs)
         self._check()
         stored = self.__dict__

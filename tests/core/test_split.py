@@ -49,7 +49,9 @@ def gradients(model, loss) -> list[torch.Tensor]:
 
 
 def equal(left, right) -> bool:
-    return all((a is None) == (b is None) and (a is None or torch.equal(a, b)) for a, b in zip(left, right, strict=True))
+    return all(
+        (a is None) == (b is None) and (a is None or torch.equal(a, b)) for a, b in zip(left, right, strict=True)
+    )
 
 
 @pytest.mark.parametrize("layer", range(NUM_LAYERS + 1))
@@ -122,13 +124,15 @@ def test_a_forward_stopped_at_the_layer_does_not_call(model, batch):
 
 @pytest.mark.parametrize("own_checkpointing", [False, True])
 def test_replays_recompute_only_if_asked(model, batch, own_checkpointing):
-    """How often a layer runs: once in the forward, and once more in backward with checkpoint=True, whatever the model does."""
+    """A layer runs once, and once more in backward with checkpoint=True, whatever the model's own setting."""
     model.train()
     if own_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     state = model.backbone(**batch, stop_at=1)
     runs = []
-    norm = model.backbone.layers[1].get_submodule("ff_norm" if "llada." in type(model).__module__ + "." else "input_layernorm")
+    norm = model.backbone.layers[1].get_submodule(
+        "ff_norm" if "llada." in type(model).__module__ + "." else "input_layernorm"
+    )
     handle = norm.register_forward_hook(lambda *_: runs.append(1))
     for checkpoint, expected in ((False, 1), (True, 2)):
         runs.clear()

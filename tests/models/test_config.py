@@ -30,7 +30,14 @@ def write(folder, **fields):
 
 
 def test_old_dense_config(tmp_path):
-    fields = {"d_model": 32, "n_heads": 4, "n_layers": 2, "mlp_hidden_size": 40, "init_device": "cpu", "alibi_bias_max": 8.0}
+    fields = {
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 2,
+        "mlp_hidden_size": 40,
+        "init_device": "cpu",
+        "alibi_bias_max": 8.0,
+    }
     write(tmp_path, model_type="llada", architectures=["LLaDAModelLM"], weight_tying=False, **OLD_FIELDS, **fields)
     config, spec = load_config(tmp_path)
     assert (spec.name, config.hidden_size, config.num_key_value_heads, config.rope_theta) == ("llada", 32, 4, 500000.0)
@@ -48,6 +55,7 @@ def test_published_moe_config_shares_the_dense_model_type(tmp_path):
         num_attention_heads=4,
         num_hidden_layers=2,
         rope_scaling=None,
+        head_dim=8,
         rope_theta=50000,
         moe_layer_freq=[1, 1],
         num_experts=4,
@@ -80,6 +88,7 @@ def test_save_and_load(config_class, tmp_path):
         ({"bias_for_layer_norm": True}, "biases in norms"),
         ({"include_bias": True, "bias_for_layer_norm": None}, "biases in norms"),
         ({"block_group_size": 2}, "block_group_size"),
+        ({"head_dim": 64}, "heads are 128 wide"),
         ({"layer_norm_with_affine": False}, "layer_norm_with_affine"),
         ({"embedding_size": 5, "vocab_size": 7}, "embedding_size=5"),
         ({"n_kv_heads": 5}, "n_kv_heads=5"),
@@ -106,6 +115,7 @@ def test_dense_refuses(fields, message):
         ({"shared_expert_intermediate_size": -1}, "shared_expert_intermediate_size"),
         ({"pad_token_id": 10**6}, "pad_token_id"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"head_dim": 64}, "heads are 128 wide"),
     ],
 )
 def test_moe_refuses(fields, message):
