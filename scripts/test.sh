@@ -27,7 +27,8 @@ done
 ensure_env dev quant
 
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-export HF_HUB_DISABLE_PROGRESS_BARS=1
+# Otherwise pyright asks the package index for a newer version of itself.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS=1 HF_HUB_DISABLE_PROGRESS_BARS=1
 # The tensors are tiny: more threads only wait for each other.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
