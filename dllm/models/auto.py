@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 
 from dllm.models.backbone import unwrap
 from dllm.models.checkpoint import check_weights, find_file, one_line, read_shapes, stored_dtype, weight_files
+from dllm.models.layers import set_dropout
 from dllm.models.lora import LoraSettings, add_lora, is_adapter, load_adapter, read_adapter_config
 from dllm.models.quant import finish_4bit, nf4_config
 from dllm.models.spec import ModelSpec, load_config
@@ -41,6 +42,7 @@ def load_model(
     dtype: str = "auto",
     attn_implementation: str = "sdpa",
     load_in_4bit: bool = False,
+    dropout: float | None = None,
     lora: LoraSettings | None = None,
     adapter_model_name_or_path: str | None = None,
     base_model_name_or_path: str | None = None,
@@ -57,6 +59,7 @@ def load_model(
         attn_implementation: attention kernel, a name that transformers knows.
         load_in_4bit: quantise the linears of the layers to NF4 with double quantisation; embeddings, norms, routers and
             head stay as they are (in float32 where LoRA is trained on top, as PEFT does it). Computes in `dtype`.
+        dropout: probability of every dropout of the base model, in [0, 1); None: as config.json says.
         lora: add new LoRA matrices; everything else is frozen.
         adapter_model_name_or_path: PEFT adapter to put on the model.
         base_model_name_or_path: base of the adapter that `model_name_or_path` is; None: the one it names.
@@ -90,6 +93,8 @@ def load_model(
     model = _from_pretrained(base, spec, config, attn_implementation=attn_implementation, **options)
     if load_in_4bit:
         finish_4bit(model)
+    if dropout is not None:
+        set_dropout(model, dropout)
     if lora is not None:
         return add_lora(model, lora, seed).eval()
     return model if adapter is None else load_adapter(model, adapter, is_trainable)
@@ -183,6 +188,7 @@ def get_model(
         dtype=args.dtype,
         attn_implementation=args.attn_implementation,
         load_in_4bit=args.load_in_4bit,
+        dropout=args.dropout,
         lora=lora,
         adapter_model_name_or_path=args.adapter_model_name_or_path,
         base_model_name_or_path=args.base_model_name_or_path,

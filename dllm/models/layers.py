@@ -166,3 +166,12 @@ class AttentionMixin:
             is_causal=False,
         )
         return output.flatten(2)
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
+    """Gives every dropout of `model` (attention, residual, embedding) this probability; its configuration stays."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+        if isinstance(module, AttentionMixin):
+            module.attention_dropout = probability

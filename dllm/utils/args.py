@@ -67,6 +67,10 @@ class ModelArguments:
         default=False,
         metadata={"help": "Quantise the base weights to 4-bit NF4 on loading (needs bitsandbytes)."},
     )
+    dropout: float | None = field(
+        default=0.0,
+        metadata={"help": "Dropout of the base model in training, in [0, 1). None: as its config.json says."},
+    )
     lora: bool = field(default=False, metadata={"help": "Train LoRA matrices instead of all weights."})
     lora_r: int = field(default=32, metadata={"help": "LoRA rank, at least 1. Needs --lora True."})
     lora_alpha: float = field(
@@ -100,6 +104,8 @@ class ModelArguments:
     def __post_init__(self):
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("bias", self.bias, _LORA_BIASES)
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise InputError(f"--dropout is {self.dropout} but must be in [0, 1)")
         _at_least("lora_r", self.lora_r, 1)
         if self.lora_alpha <= 0:
             raise InputError(f"--lora_alpha is {self.lora_alpha} but must be above 0")

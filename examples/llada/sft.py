@@ -4,8 +4,8 @@
         --model_name_or_path runs/tiny --dataset_args "builtin:docstrings?context=300[train:500,test:50]" \
         --max_length 512 --output_dir runs/first --use_cpu True --mem_enabled True
 
-`--help` lists every flag; the memory's are the fields of memdlm.MemoryConfig with the prefix `mem_`. The run ends with the model in
-OUTPUT_DIR/checkpoint-final and, if the data has a test split, with an evaluation in OUTPUT_DIR/eval_results.json.
+`--help` lists every flag; the memory's are the fields of memdlm.MemoryConfig with the prefix `mem_`. The run ends with
+the model in OUTPUT_DIR/checkpoint-final and, if the data has a test split, with OUTPUT_DIR/eval_results.json.
 """
 
 import os
@@ -54,7 +54,7 @@ def main() -> None:
     with main_process_first(per_node=True):
         rows = load_rows(model_args, data_args, tokenizer)
     trainer = MemDLMTrainer(
-        model=utils.get_model(model_args),
+        model=utils.get_model(model_args, seed=training_args.seed, device=training_args.device),
         args=training_args,
         processing_class=tokenizer,
         train_dataset=rows["train"],

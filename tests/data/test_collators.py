@@ -90,5 +90,5 @@ def test_bad_rows_are_named(change: dict, message: str) -> None:
 
 
 def test_a_row_without_ids_names_what_it_has() -> None:
-    with pytest.raises(ValueError, match="no 'labels' .*input_ids, example_id"):
+    with pytest.raises(ValueError, match=r"no 'labels' .*input_ids, example_id"):
         _collator()([{"input_ids": [1], "example_id": 0}])

@@ -1,3 +1,4 @@
+import itertools
 import math
 import random
 from fractions import Fraction
@@ -59,7 +60,7 @@ def test_pmc_ends_at_the_anchor_and_only_reveals() -> None:
     ids, maskable, anchor, noise = _batch(1)
     states = pmc(ids, maskable, anchor, noise=noise, mask_token_id=MASK, config=MemoryConfig(num_inner_steps=4))
     assert torch.equal(states[-1].is_masked, anchor) and states[-1].is_anchor and states[-1].next_is_masked is None
-    for before, after in zip(states, states[1:], strict=False):
+    for before, after in itertools.pairwise(states):
         assert not bool((after.is_masked & ~before.is_masked).any())
         assert before.next_is_masked is not None and torch.equal(before.next_is_masked, after.is_masked)
         assert not before.is_anchor

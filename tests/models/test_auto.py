@@ -529,3 +529,12 @@ def test_4bit_that_cannot_be_is_an_error(stored, monkeypatch):
         # As if this version of transformers left the linears alone.
         patch.setattr(auto, "nf4_config", lambda *_: None)
         assert "4-bit" in error_of(lambda: load_model(path, load_in_4bit=True))
+
+
+def test_dropout_is_a_setting_and_leaves_the_configuration_alone(tmp_path) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "tiny", "llada", attention_dropout=0.3, residual_dropout=0.3)
+    off = auto.get_model(model_name_or_path=str(folder))
+    kept = auto.get_model(model_name_or_path=str(folder), dropout=None)
+    blocks = [model.backbone.layers[0] for model in (off, kept)]
+    assert [(block.dropout.p, block.attention_dropout) for block in blocks] == [(0.0, 0.0), (0.3, 0.3)]
+    assert off.config.to_dict() == kept.config.to_dict()
