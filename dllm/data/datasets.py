@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
+from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
 
 from dllm.data.builtin import DEFAULT_CONTEXT, load_docstrings
 from dllm.data.files import READERS, TEST_WORDS, load_files
 from dllm.data.preprocessed import (
     TOKEN_COLUMNS,
+    by_name,
     check_preprocessed,
     find_preprocessed,
     is_saved_dataset,
@@ -121,7 +123,7 @@ def _load_hub(part: DatasetPart, streaming: bool) -> dict[str, Any]:
     help_offline = f"give a local file, or {DOCSTRINGS}, which needs no network"
     try:
         loaded: Any = datasets.load_dataset(part.name, config, streaming=streaming)
-    except (datasets.exceptions.DatasetNotFoundError, datasets.exceptions.DataFilesNotFoundError):
+    except (DatasetNotFoundError, DataFilesNotFoundError):
         raise InputError(f"the Hub has no data set {part.name!r} that you may read: {help_offline}") from None
     except (ConnectionError, OSError) as error:
         reason = " ".join(str(error).split())
@@ -133,7 +135,7 @@ def _load_hub(part: DatasetPart, streaming: bool) -> dict[str, Any]:
         raise InputError(f"{part.name!r} needs a configuration, {part.name}?config=NAME: {reason}") from None
     layout = HUB_LAYOUTS.get(part.name)
     if layout is None:
-        return dict(loaded)
+        return by_name(loaded)
     names = {"train": layout.train, "test": layout.test}
     return {
         split: loaded[name].select_columns(list(layout.columns)) for split, name in names.items() if name is not None
@@ -143,12 +145,12 @@ def _load_hub(part: DatasetPart, streaming: bool) -> dict[str, Any]:
 def _load_raw(part: DatasetPart, streaming: bool = False) -> dict[str, Any]:
     """{split: rows} as they are in the source."""
     if part.name.startswith("builtin:"):
-        return dict(_load_builtin(part))
+        return by_name(_load_builtin(part))
     path = pathlib.Path(resolve_with_base_env(part.name, "BASE_DATASETS_DIR"))
     if path.exists():
         _take_options(part)
         if is_saved_dataset(path):
-            return dict(load_saved(path))
+            return by_name(load_saved(path))
         return load_files(path, streaming)
     looks_local = path.suffix in (*READERS, ".gz") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", part.name)
     if looks_local or part.name.startswith("."):
@@ -246,7 +248,7 @@ def _load_tokens(
         logger.warning(f"{folder} has no record of its tokenizer: whether it fits cannot be checked")
     elif tokenizer is not None:
         check_preprocessed(folder, tokenizer, mask_prompt_loss)
-    loaded = dict(load_saved(folder))
+    loaded = by_name(load_saved(folder))
     for split, rows in loaded.items():
         missing = [column for column in TOKEN_COLUMNS if column not in rows.column_names]
         if missing:

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 import datasets
 import pyarrow
+from datasets.exceptions import DatasetGenerationError
 
 from dllm.utils.parsing import InputError
 
@@ -126,7 +127,7 @@ def load_files(path: pathlib.Path, streaming: bool = False) -> dict[str, Any]:
                 streaming=streaming,
                 **_reader_options(reader, files),
             )
-        except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid, OSError) as error:
+        except (DatasetGenerationError, pyarrow.ArrowInvalid, OSError) as error:
             raise InputError(_explain(files, reader, error)) from None
         except StopIteration:
             raise InputError(f"{files[0]} holds no rows: fill or delete it") from None

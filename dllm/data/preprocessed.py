@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import datasets
@@ -134,6 +135,11 @@ def find_preprocessed(name: str, model_name_or_path: str | None) -> pathlib.Path
     )
 
 
+def by_name(splits: Mapping[Any, Any]) -> dict[str, Any]:
+    """The splits under plain text names (datasets types them as str or NamedSplit)."""
+    return {str(split): rows for split, rows in splits.items()}
+
+
 def load_saved(folder: pathlib.Path) -> datasets.DatasetDict:
     """What save_to_disk wrote there; a single split becomes `train`.
 
@@ -145,4 +151,4 @@ def load_saved(folder: pathlib.Path) -> datasets.DatasetDict:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{folder} cannot be read ({reason}): delete it and make it again") from None
-    return loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict(train=loaded)
+    return loaded if isinstance(loaded, datasets.DatasetDict) else datasets.DatasetDict({"train": loaded})
