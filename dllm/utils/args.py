@@ -293,7 +293,8 @@ def initial_training_setup(model_args: Any, data_args: Any, training_args: trans
 
     Raises:
         InputError: the output folder holds another run, or there is nothing to resume from
-            (resolve_checkpoint), or several processes were started but would train separately.
+            (resolve_checkpoint), or several processes were
+            started but would train separately, or 4-bit weights without LoRA.
     """
     level = training_args.get_process_log_level()
     for package in ("dllm", "memdlm"):
@@ -301,6 +302,8 @@ def initial_training_setup(model_args: Any, data_args: Any, training_args: trans
     transformers.utils.logging.set_verbosity(level)
     if not is_main_process():
         datasets.disable_progress_bars()
+    if model_args.load_in_4bit and not model_args.lora:
+        raise InputError("4-bit weights cannot be trained themselves: add --lora True, or drop --load_in_4bit")
     # On CPU without use_cpu every process trains alone and reports success.
     if training_args.world_size != world_size():
         raise InputError(
