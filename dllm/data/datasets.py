@@ -101,6 +101,12 @@ def parse_dataset_args(dataset_args: str) -> list[DatasetPart]:
     return [_parse_part(part.strip()) for part in parts]
 
 
+def spec_of(part: DatasetPart) -> str:
+    """The part as it was written, without the bracket: name?key=value."""
+    options = "&".join(f"{key}={value}" for key, value in part.options.items())
+    return f"{part.name}?{options}" if options else part.name
+
+
 def _take_options(part: DatasetPart, *allowed: str) -> list[str | None]:
     unknown = sorted(set(part.options) - set(allowed))
     if unknown:
@@ -198,8 +204,8 @@ def _select(part: DatasetPart, loaded: dict[str, Any]) -> dict[str, Any]:
     return {split: _first(splits[split], count, f"{part.name}, {split}") for split, count in wanted.items()}
 
 
-def _join(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    joined = {}
+def _join(parts: list[dict[str, Any]]) -> dict[Any, Any]:
+    joined: dict[Any, Any] = {}
     for split in SPLITS:
         rows = [part[split] for part in parts if split in part]
         if rows:
@@ -242,8 +248,7 @@ def _load_tokens(
     tokenizer: PreTrainedTokenizerBase | None,
     mask_prompt_loss: bool | None,
 ) -> dict[str, Any]:
-    spec = part.name + ("?" + "&".join(f"{key}={value}" for key, value in part.options.items()) if part.options else "")
-    folder = find_preprocessed(spec, model_name_or_path)
+    folder = find_preprocessed(spec_of(part), model_name_or_path)
     if tokenizer is not None and read_record(folder) is None:
         logger.warning(f"{folder} has no record of its tokenizer: whether it fits cannot be checked")
     elif tokenizer is not None:
@@ -299,6 +304,11 @@ def _only_text(part: DatasetPart, splits: dict[str, Any]) -> dict[str, Any]:
     return {split: rows.select_columns(["text"]) for split, rows in splits.items()}
 
 
+def _as_stream(rows: Any) -> datasets.IterableDataset:
+    # What save_to_disk wrote is memory-mapped: it comes whole, and costs nothing until it is read.
+    return rows if isinstance(rows, datasets.IterableDataset) else rows.to_iterable_dataset()
+
+
 def load_pt_dataset(dataset_args: str, streaming: bool = False) -> datasets.DatasetDict | datasets.IterableDatasetDict:
     """Splits train and test (those there are) of pretraining rows {"text": str}, for tokenize_and_group.
 
@@ -306,11 +316,13 @@ def load_pt_dataset(dataset_args: str, streaming: bool = False) -> datasets.Data
 
     Args:
         dataset_args: the grammar at the top of this module.
-        streaming: read while iterating instead of first; not for data sets saved to disk.
+        streaming: read while iterating instead of first.
 
     Raises:
         InputError: one line that names the part of dataset_args, the file and line, or the missing column.
     """
-    parts = [_only_text(part, _select(part, _load_raw(part, streaming))) for part in parse_dataset_args(dataset_args)]
-    joined = _join(parts)
-    return datasets.IterableDatasetDict(joined) if streaming else datasets.DatasetDict(joined)
+    parts = []
+    for part in parse_dataset_args(dataset_args):
+        splits = _only_text(part, _select(part, _load_raw(part, streaming)))
+        parts.append({name: _as_stream(rows) for name, rows in splits.items()} if streaming else splits)
+    return datasets.IterableDatasetDict(_join(parts)) if streaming else datasets.DatasetDict(_join(parts))

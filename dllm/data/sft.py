@@ -277,7 +277,9 @@ def post_process_dataset(dataset: AnyDataset, data_args: DataArguments) -> AnyDa
     options = (data_args.max_length, data_args.truncation, data_args.num_proc)
     if isinstance(dataset, datasets.Dataset):
         return _post_process_split("train", dataset, *options)
-    return datasets.DatasetDict({split: _post_process_split(split, rows, *options) for split, rows in dataset.items()})
+    return datasets.DatasetDict(
+        {split: _post_process_split(f"{split}", rows, *options) for split, rows in dataset.items()}
+    )
 
 
 _PER_TOKEN = ("input_ids", "labels", "attention_mask")

@@ -219,8 +219,14 @@ def _shown_fields(arguments: Any) -> dict[str, Any]:
     if not isinstance(arguments, transformers.TrainingArguments):
         return values
     values = {**values, **arguments.to_dict()}  # to_dict hides tokens
-    defaults = transformers.TrainingArguments(output_dir=arguments.output_dir, use_cpu=arguments.use_cpu).to_dict()
-    return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
+    defaults = {name: knob.default for name, knob in _HF_FIELDS.items() if name not in ("output_dir", "seed")}
+    # transformers turns some unset fields into other empty values ("none" into []).
+    unset = (dataclasses.MISSING, None, "", "none", "no", False)
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in defaults or not (value == defaults[name] or (not value and defaults[name] in unset))
+    }
 
 
 def print_args_main(*arguments: Any) -> None:
