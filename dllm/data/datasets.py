@@ -27,7 +27,7 @@ from dllm.data.preprocessed import (
     load_saved,
     read_record,
 )
-from dllm.data.sft import to_messages
+from dllm.data.sft import processes_for, to_messages
 from dllm.utils.args import resolve_with_base_env
 from dllm.utils.logging import get_default_logger
 from dllm.utils.parsing import InputError, parse_spec
@@ -218,6 +218,8 @@ def _messages_of_row(row: Mapping[str, Any], index: int, place: str) -> dict[str
         return {"messages": to_messages(row)}
     except InputError as error:
         raise InputError(f"{place}, row {index}: {error}") from None
+    except UnicodeDecodeError as error:  # the JSON reader does not look inside strings
+        raise InputError(f"{place}, row {index}: {error}; save the file as UTF-8") from None
 
 
 _MESSAGES = datasets.Features(
@@ -236,7 +238,7 @@ def _to_messages(part: DatasetPart, splits: dict[str, Any], num_proc: int | None
             fn_kwargs={"place": f"{part.name}, {split}"},
             remove_columns=rows.column_names,
             features=_MESSAGES,
-            num_proc=num_proc,
+            num_proc=processes_for(num_proc, rows),
             desc=f"reading {part.name} {split}",
         )
     return converted

@@ -26,8 +26,15 @@ def reader_of(path: pathlib.Path) -> str | None:
 
 def _open(path: pathlib.Path) -> TextIO:
     if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    return open(path, encoding="utf-8")
+        return gzip.open(path, "rt", encoding="utf-8", errors="replace")
+    return open(path, encoding="utf-8", errors="replace")
+
+
+def _is_empty(path: pathlib.Path) -> bool:
+    if reader_of(path) == "parquet":
+        return path.stat().st_size == 0
+    with _open(path) as file:
+        return not any(line.strip() for line in file)
 
 
 def _split_of(path: pathlib.Path, folder: pathlib.Path) -> str:
@@ -100,9 +107,9 @@ def _check_files(path: pathlib.Path, splits: dict[str, list[pathlib.Path]]) -> s
     if len(readers) > 1 or None in readers:
         found = ", ".join(sorted({"".join(file.suffixes) or file.name for file in every}))
         raise InputError(f"{path}: one format at a time of {', '.join(READERS)} (also with .gz), found: {found}")
-    empty = next((file for file in every if file.stat().st_size == 0), None)
-    if empty is not None:
-        raise InputError(f"{empty} is empty: fill or delete it")
+    for file in every:
+        if _is_empty(file):
+            raise InputError(f"{file} is empty: fill or delete it")
     return str(readers.pop())
 
 
@@ -127,8 +134,6 @@ def load_files(path: pathlib.Path, streaming: bool = False) -> dict[str, Any]:
                 streaming=streaming,
                 **_reader_options(reader, files),
             )
-        except (DatasetGenerationError, pyarrow.ArrowInvalid, OSError) as error:
+        except (DatasetGenerationError, pyarrow.ArrowInvalid, OSError, ValueError) as error:
             raise InputError(_explain(files, reader, error)) from None
-        except StopIteration:
-            raise InputError(f"{files[0]} holds no rows: fill or delete it") from None
     return loaded

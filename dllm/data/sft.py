@@ -204,14 +204,14 @@ def tokenize_sft_dataset(
                 "mask_prompt_loss": mask_prompt_loss,
             },
             remove_columns=rows.column_names,
-            num_proc=_processes(num_proc, rows),
+            num_proc=processes_for(num_proc, rows),
             desc=f"tokenising {split}",
         )
     return datasets.DatasetDict(tokenized)
 
 
-def _processes(num_proc: int | None, rows: datasets.Dataset) -> int | None:
-    # datasets warns when there are fewer rows than processes.
+def processes_for(num_proc: int | None, rows: datasets.Dataset) -> int | None:
+    """num_proc for a map over these rows: None where there is hardly a row per process (datasets would warn)."""
     return None if num_proc is None or len(rows) < 2 * num_proc else num_proc
 
 
@@ -247,7 +247,7 @@ def _post_process_split(
         _fit_row,
         with_indices=True,
         fn_kwargs={"max_length": max_length, "truncation": truncation},
-        num_proc=_processes(num_proc, rows),
+        num_proc=processes_for(num_proc, rows),
         desc=f"fitting {split} to {max_length} tokens",
     )
     dropped = Counter(why for why in fitted["_drop"] if why != _KEEP)
