@@ -25,7 +25,8 @@ from matplotlib import pyplot as plt
 
 FOLDER = pathlib.Path("runs/quickstart")
 DATASET = "builtin:docstrings?context=300"
-MAX_LENGTH = 320
+MAX_LENGTH = 256  # tokens; longer rows are dropped
+SIZES = {"hidden_size": 128, "num_experts": 4, "expert_intermediate_size": 96}
 RUNS = {"MDLM": "plain", "MemDLM": "memory"}
 console = Console()
 
@@ -40,7 +41,8 @@ def run(*words: str) -> None:
 
 def prepare(num_train: int, num_test: int) -> None:
     """A tiny checkpoint and the tokenised data set."""
-    run("python", "-m", "dllm.models.tiny", "--family", "llada_moe", "--output", f"{FOLDER}/base")
+    sizes = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
+    run("python", "-m", "dllm.models.tiny", "--family", "llada_moe", "--output", f"{FOLDER}/base", *sizes)
     run(
         *("python", "-m", "dllm.tools.preprocess_sft_dataset", "--model_name_or_path", f"{FOLDER}/base"),
         *("--dataset_args", f"{DATASET}[train:{num_train},test:{num_test}]", "--output_dir", f"{FOLDER}/data"),
@@ -52,9 +54,10 @@ def train(name: str, steps: int) -> None:
     run(
         *("accelerate", "launch", "--config_file", "scripts/accelerate_configs/cpu.yaml", "examples/llada/sft.py"),
         *("--model_name_or_path", f"{FOLDER}/base", "--dataset_args", f"{FOLDER}/data[train]"),
-        *("--load_preprocessed_data", "True", "--max_length", str(MAX_LENGTH), "--use_cpu", "True"),
+        *("--load_preprocessed_data", "True", "--max_length", str(MAX_LENGTH)),
+        *("--truncation", "filter", "--use_cpu", "True"),
         *("--max_steps", str(steps), "--per_device_train_batch_size", "8", "--learning_rate", "2e-3"),
-        *("--logging_steps", "5", "--save_strategy", "no", "--output_dir", f"{FOLDER}/{RUNS[name]}"),
+        *("--logging_steps", "10", "--save_strategy", "no", "--output_dir", f"{FOLDER}/{RUNS[name]}"),
         *("--mem_enabled", str(name == "MemDLM")),
     )
 
@@ -69,11 +72,12 @@ def held_out_losses(model, tokenizer, rows) -> dict[str, float]:
 
 
 def fill_in(model, tokenizer, row) -> str:
-    """The answer of `row`, masked and filled in one token per step, without memory."""
+    """The answer of `row`, masked and filled in one token per step, without memory; special tokens are not proposed."""
     ids = torch.tensor([row["input_ids"]])
     ids[:, row["prompt_len"] :] = tokenizer.mask_token_id
     steps = ids.shape[1] - row["prompt_len"]
-    filled = MDLMSampler(model.eval(), tokenizer).infill(ids, MDLMSamplerConfig(steps=steps)).sequences
+    config = MDLMSamplerConfig(steps=steps, suppress_tokens=tuple(tokenizer.all_special_ids))
+    filled = MDLMSampler(model.eval(), tokenizer).infill(ids, config).sequences
     return tokenizer.decode(filled[0, row["prompt_len"] :], skip_special_tokens=True)
 
 
@@ -101,7 +105,7 @@ def draw_losses(path: pathlib.Path) -> None:
 def report(num_test: int) -> list[dict]:
     """Evaluates both models; prints the filled-in answers; gives the table's rows."""
     rows = data.load_sft_dataset(f"{FOLDER}/data[test:{num_test}]", True)
-    limits = utils.DataArguments(dataset_args="held-out rows", max_length=MAX_LENGTH)
+    limits = utils.DataArguments(dataset_args="held-out rows", max_length=MAX_LENGTH, truncation="filter")
     rows = data.post_process_dataset(rows, limits)["test"]
     example = min(rows, key=lambda row: len(row["input_ids"]) - row["prompt_len"])
     table, answers = [], {}
@@ -126,7 +130,7 @@ def report(num_test: int) -> list[dict]:
         f"\n[bold]A held-out question[/bold]\n{prompt}\n[bold]its answer[/bold]: {truth.strip()}", markup=True
     )
     for name, answer in answers.items():
-        console.print(f"[bold]filled in by {name}[/bold]: {answer.strip()!r}")
+        console.print(f"[bold]filled in by {name}[/bold]: {answer.strip()}")
     return table
 
 
@@ -147,8 +151,8 @@ def print_table(rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of each run")
-    parser.add_argument("--num_train", type=int, default=1000, help="training rows")
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each run")
+    parser.add_argument("--num_train", type=int, default=2000, help="training rows")
     parser.add_argument("--num_test", type=int, default=48, help="held-out rows")
     options = parser.parse_args()
     began = time.perf_counter()

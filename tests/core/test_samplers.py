@@ -63,6 +63,15 @@ def test_head_sees_only_the_masked_positions(make_model) -> None:
     assert seen == [(6, 40), (6, 40)]
 
 
+def test_suppressed_tokens_are_never_proposed(make_model) -> None:
+    sampler = MDLMSampler(make_model(), _Tokenizer())  # pyright: ignore
+    noised = _noised()
+    masked = noised == MASK
+    first = set(sampler.infill(noised).sequences[masked].tolist())
+    config = MDLMSamplerConfig(suppress_tokens=tuple(first))
+    assert not first & set(sampler.infill(noised, config).sequences[masked].tolist())
+
+
 @pytest.mark.parametrize("settings", [{"steps": 0}, {"temperature": -1.0}, {"remasking": "best"}])
 def test_bad_settings(settings: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):

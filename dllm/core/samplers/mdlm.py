@@ -18,6 +18,7 @@ class MDLMSamplerConfig(BaseSamplerConfig):
     """Settings of `MDLMSampler`."""
 
     remasking: Remasking = "low_confidence"  # which proposals are committed first (see dllm.core.reveal.confidence)
+    suppress_tokens: tuple[int, ...] = ()  # ids that are never proposed; the mask token never is
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,7 +39,7 @@ class MDLMSampler(BaseSampler):
         """`noised_ids` with a token in the place of every mask; other positions keep theirs.
 
         Each of the S steps proposes a token for every masked position and commits the ceil or floor of (masks / S)
-        surest of each row (`get_num_transfer_tokens`). The mask token itself is never proposed.
+        surest of each row (`get_num_transfer_tokens`).
 
         Args:
             noised_ids: int64 [B, L].
@@ -47,6 +48,7 @@ class MDLMSampler(BaseSampler):
         """
         settings = MDLMSamplerConfig() if config is None else config
         assert isinstance(settings, MDLMSamplerConfig)
+        banned = torch.tensor([self.mask_token_id, *settings.suppress_tokens], device=noised_ids.device)
         generator = make_generator(settings.seed, device=noised_ids.device)
         ids = noised_ids.clone()  # [B, L]
         is_masked = ids == self.mask_token_id
@@ -57,7 +59,7 @@ class MDLMSampler(BaseSampler):
                 input_ids=ids, attention_mask=attention_mask, logit_positions=positions - self.spec.logit_shift
             )
             logits = output.logits.float()  # [N, V]
-            logits[:, self.mask_token_id] = -torch.inf
+            logits[:, banned] = -torch.inf
             tokens = add_gumbel_noise(logits, settings.temperature, generator).argmax(dim=-1)  # [N]
             scores = torch.zeros(ids.numel(), device=ids.device)
             scores[positions] = confidence(logits, tokens, settings.remasking, generator).float()
