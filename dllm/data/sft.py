@@ -145,7 +145,8 @@ def default_sft_map_fn(
     """{"input_ids": [L], "labels": [L], "prompt_len": int} of one row, through the tokenizer's chat template.
 
     The prompt is everything before the last assistant message, with the header that asks for an answer
-    (add_generation_prompt); the rest is the answer with its end-of-turn token.
+    (add_generation_prompt); the rest is the answer with its end-of-turn token. A row with an empty answer is its
+    prompt alone: post_process_dataset drops and counts it.
 
     Args:
         row: any form that to_messages accepts.
@@ -170,6 +171,8 @@ def default_sft_map_fn(
             "generation prompt equals the header of an assistant message"
         )
     prompt_ids, answer_ids = _prompt_and_answer_ids(tokenizer, prompt, conversation)
+    if not messages[-1]["content"].strip():
+        answer_ids = []  # an end-of-turn token alone would teach the model to say nothing
     input_ids = prompt_ids + answer_ids
     masked = [label_pad_token_id] * len(prompt_ids) if mask_prompt_loss else list(prompt_ids)
     return {"input_ids": input_ids, "labels": masked + answer_ids, "prompt_len": len(prompt_ids)}

@@ -219,3 +219,11 @@ def test_tokenize_and_group_joins_and_cuts(tokenizer):
     assert tokenize_and_group({"text": []}, **options)["input_ids"] == []
     with pytest.raises(ValueError, match="at least 1"):
         tokenize_and_group({"text": texts}, tokenizer=tokenizer, seq_length=0)
+
+
+def test_a_row_with_an_empty_answer_is_dropped_and_counted(tokenizer, caplog):
+    rows = [{"instruction": "Say nothing.", "output": "  "}, {"instruction": "Say hello.", "output": "hello"}]
+    messages = datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)})
+    fitted = post_process_dataset(tokenize_sft_dataset(messages, tokenizer), DataArguments(dataset_args="x"))["train"]
+    assert list(fitted["example_id"]) == [1]
+    assert "1 of 2 rows dropped (no answer within max_length 1024: 1)" in caplog.text
