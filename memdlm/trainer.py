@@ -14,11 +14,14 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dllm.core.trainers.mdlm import MDLMConfig, MDLMTrainer
 from dllm.data.collators import Batch, NoisingCollator
+from dllm.utils.logging import get_default_logger
 from dllm.utils.parsing import InputError
 from memdlm.memory.collator import MemoryCollator, inner_steps
 from memdlm.memory.config import MemoryConfig, flag_fields
 from memdlm.memory.inner_loop import InnerReport
 from memdlm.memory.parametric import ParametricMemory
+
+logger = get_default_logger(__name__)
 
 # `mem_*`: one field per setting of MemoryConfig, so that a flag is declared once.
 _MemoryFlags = make_dataclass("_MemoryFlags", flag_fields())
@@ -73,6 +76,11 @@ class MemDLMTrainer(MDLMTrainer):
             return
         self._refuse_engines()
         self.memory = ParametricMemory(self.lm, self.memory_config, self.scheduler_alpha)
+        fast = self.memory.fast
+        logger.info(
+            f"memory: {len(fast.targets)} linears from layer {self.memory.start} on, {fast.numel:,} fast weights; "
+            "written inside the forward, which shares the layers below"
+        )
         self.eval_metrics.metrics["memory_loss"] = MeanMetric()
         self._writes: list[InnerReport] = []
         self._observed: dict[str, list[torch.Tensor]] = {"loss_with_memory": [], "loss_without_memory": []}

@@ -298,14 +298,15 @@ def initial_training_setup(model_args: Any, data_args: Any, training_args: trans
     `trainer.train(resume_from_checkpoint=...)`. The arguments are printed once (main process).
 
     Raises:
-        InputError: the output folder holds another run, or there is nothing to resume from
-            (resolve_checkpoint), or several processes were
-            started but would train separately, or 4-bit weights without LoRA.
+        InputError: the output folder holds another run, there is nothing to resume from (resolve_checkpoint), several
+            processes were started but would train separately, or 4-bit weights without LoRA.
     """
-    level = training_args.get_process_log_level()
+    transformers.utils.logging.set_verbosity(training_args.get_process_log_level())
+    # What these packages say at level info is little and worth reading, so it shows unless a log level is asked for.
+    asked = training_args.log_level != "passive"
+    level = training_args.get_process_log_level() if asked else logging.INFO
     for package in ("dllm", "memdlm"):
-        logging.getLogger(package).setLevel(level if level > logging.INFO or is_main_process() else logging.WARNING)
-    transformers.utils.logging.set_verbosity(level)
+        logging.getLogger(package).setLevel(level if is_main_process() else max(level, logging.WARNING))
     if not is_main_process():
         datasets.disable_progress_bars()
     if model_args.load_in_4bit and not model_args.lora:
