@@ -48,7 +48,7 @@ class MemoryConfig:
     inner_loss_mask_mode: Literal["student_masked", "newly_revealed"] = _setting(
         "student_masked",
         "Positions of the inner loss: all masked ones, or those that the next state reveals "
-        "(all masked ones where it reveals nothing).",
+        "(at the last state, which has no next, all masked ones).",
     )
     inner_lr: float = _setting(0.1, "Learning rate of the inner SGD, at least 0.")
     inner_grad_clip: float = _setting(1.0, "Largest gradient norm in the inner loop; 0 turns the clip off.")

@@ -17,8 +17,9 @@ from torch import nn
 
 from dllm.core.schedulers import BaseAlphaScheduler, LinearAlphaScheduler
 from dllm.core.split import at_layer
-from dllm.models.backbone import unwrap
+from dllm.models.backbone import Backbone, unwrap
 from dllm.models.spec import spec_of
+from dllm.utils.parsing import InputError
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.fast_weights import FastWeights, find_targets, first_adapted_layer
 from memdlm.memory.inner_loop import InnerReport, InnerStep, fit
@@ -106,6 +107,9 @@ class ParametricMemory:
             initial: phi_0 (see `initial`).
             reduce_gradient: see `memdlm.memory.inner_loop.fit`.
             before_write: called with (hidden, layer inputs) at the split point, no memory in place, no gradients.
+
+        Raises:
+            InputError: the model checkpoints activations in the reentrant way.
         """
 
         def callback(hidden: torch.Tensor, layer_inputs: LayerInputs) -> torch.Tensor:
@@ -118,6 +122,7 @@ class ParametricMemory:
             self._write(steps, states, layer_inputs, input_ids, initial, reduce_gradient)
             return hidden
 
+        _refuse_reentrant(self.backbone)
         with at_layer(self.backbone, self.start, callback):
             yield
 
@@ -162,6 +167,15 @@ class ParametricMemory:
             report = fit(self.fast, initial, steps, readout, self.config, self.scheduler, reduce_gradient)
         self.report = report
         return report
+
+
+def _refuse_reentrant(backbone: Backbone) -> None:
+    for layer in backbone.layers:
+        if layer.gradient_checkpointing and layer._gradient_checkpointing_func.keywords.get("use_reentrant", True):
+            raise InputError(
+                "memory needs non-reentrant activation checkpointing: enable it with "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
 
 
 @contextlib.contextmanager

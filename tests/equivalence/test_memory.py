@@ -317,6 +317,15 @@ def test_whole_network_adapted_has_an_empty_prefix(make_model) -> None:
     )
 
 
+def test_reentrant_checkpointing_is_refused(make_model) -> None:
+    model = make_model().train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    batch = _batch(_settings())
+    memory = ParametricMemory(model, _settings())
+    with memory.attached(), pytest.raises(ValueError, match="non-reentrant"):
+        _shared(model, memory, batch)
+
+
 def test_attaching_twice_is_refused(make_model) -> None:
     memory = ParametricMemory(make_model(), _settings())
     with memory.attached(), pytest.raises(RuntimeError, match="already attached"), memory.attached():

@@ -154,6 +154,10 @@ def test_bad_input_is_refused(load, tokenizer, rows, tmp_path) -> None:
     with pytest.raises(ValueError, match="reentrant"):
         settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
         _trainer(load(), tokenizer, rows, tmp_path, **settings)
+    with pytest.raises(ValueError, match="label_smoothing_factor has no effect"):
+        _trainer(load(), tokenizer, rows, tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="compute_metrics has no effect"):
+        MDLMTrainer(load(), _config(tmp_path), processing_class=tokenizer, compute_metrics=print)
     with pytest.raises(ValueError, match="unknown masking schedule 'square'"):
         _config(tmp_path, alpha_scheduler="square")
     with pytest.raises(ValueError, match="time_epsilon must lie in"):

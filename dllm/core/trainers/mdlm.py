@@ -77,7 +77,8 @@ class MDLMTrainer(transformers.Trainer):
         Everything else as in transformers.Trainer.
 
     Raises:
-        InputError: no mask or pad token, an iterable data set without example ids, reentrant activation checkpointing.
+        InputError: no mask or pad token, an iterable data set without example ids, reentrant activation checkpointing,
+            several GPUs in one process, or a Trainer option that could not take effect.
     """
 
     # compute_loss returns the mean over its own batch, so Trainer must divide by gradient_accumulation_steps.
@@ -100,7 +101,7 @@ class MDLMTrainer(transformers.Trainer):
     ) -> None:
         if args is None or processing_class is None:
             raise InputError(f"{type(self).__name__} needs args (an MDLMConfig) and processing_class (the tokenizer)")
-        _check_checkpointing(args)
+        _check_settings(args, kwargs)
         self.lm = unwrap(model)
         self.spec = spec_of(self.lm)
         self.scheduler_alpha = scheduler or make_alpha_scheduler(args.alpha_scheduler)
@@ -120,7 +121,8 @@ class MDLMTrainer(transformers.Trainer):
         self.model_accepts_loss_kwargs = False
         self.clock = StepClock()
         self.eval_metrics = OnEvaluateMetricsCallback(self, {"nll": NLLMetric(), "ppl": PPLMetric()})
-        self.num_empty_batches = 0
+        # Counted on the device and read when logging: reading it in every step would wait for the device.
+        self._num_empty_batches = torch.zeros((), dtype=torch.int64, device=self.args.device)
         for callback in (self.clock, self.eval_metrics, _SetEpoch(train_collator)):
             self.add_callback(callback)
 
@@ -167,8 +169,7 @@ class MDLMTrainer(transformers.Trainer):
         return loss, outputs
 
     def training_step(self, model, inputs: Batch, num_items_in_batch=None) -> torch.Tensor:
-        # Counted where the batch still lies on the CPU: reading the sum from the device would wait for it.
-        self.num_empty_batches += int(not inputs["maskable"].any())
+        self._num_empty_batches += (inputs["num_maskable"].sum() == 0).to(self.args.device)
         return super().training_step(model, inputs, num_items_in_batch)
 
     def prediction_step(self, model, inputs: Batch, prediction_loss_only: bool, ignore_keys=None):
@@ -207,8 +208,9 @@ class MDLMTrainer(transformers.Trainer):
             if seconds is not None:
                 logs["step_seconds"] = round(seconds, 4)
             logs["peak_memory_mib"] = round(peak_memory_mib(self.args.device), 1)
-            if self.num_empty_batches:
-                logs["empty_batches"] = self.num_empty_batches
+            num_empty = int(self._num_empty_batches)
+            if num_empty:
+                logs["empty_batches"] = num_empty
         super().log(logs, start_time)
 
 
@@ -259,7 +261,18 @@ def with_example_ids(dataset: Any) -> Any:
     return _WithExampleIds(dataset) if len(dataset) and "example_id" not in dataset[0] else dataset
 
 
-def _check_checkpointing(args: TrainingArguments) -> None:
+def _check_settings(args: TrainingArguments, trainer_options: dict[str, Any]) -> None:
+    """Refuses what Trainer accepts and this trainer could not honour."""
+    for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+        if trainer_options.get(name) is not None:
+            raise InputError(f"{name} has no effect on a diffusion model's loss and metrics: drop it")
+    if args.label_smoothing_factor:
+        raise InputError("label_smoothing_factor has no effect on the diffusion loss: drop it")
+    if args.n_gpu > 1:
+        raise InputError(
+            f"one process sees {args.n_gpu} GPUs and would split batches over them (DataParallel), which loss "
+            "positions do not survive: start one process per GPU with accelerate launch, or set CUDA_VISIBLE_DEVICES"
+        )
     settings = args.gradient_checkpointing_kwargs
     if args.gradient_checkpointing and isinstance(settings, dict) and settings.get("use_reentrant", False):
         raise InputError(
