@@ -171,7 +171,8 @@ class ParametricMemory:
 
 def _refuse_reentrant(backbone: Backbone) -> None:
     for layer in backbone.layers:
-        if layer.gradient_checkpointing and layer._gradient_checkpointing_func.keywords.get("use_reentrant", True):
+        function: Any = layer._gradient_checkpointing_func if layer.gradient_checkpointing else None
+        if function is not None and function.keywords.get("use_reentrant", True):
             raise InputError(
                 "memory needs non-reentrant activation checkpointing: enable it with "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}'
