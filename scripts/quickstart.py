@@ -1,6 +1,6 @@
 """The quickstart: a tiny LLaDA-MoE, real text, plain training and training with memory from the same start, one table.
 
-Everything runs through the commands that a user would type; each is printed. Results lie in runs/quickstart/.
+Everything runs through the commands that a user would type; each is printed. Results lie in runs/quickstart/, or in the folder given.
 """
 
 import argparse
@@ -23,7 +23,6 @@ from memdlm import MemDLMConfig, MemDLMTrainer
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-FOLDER = pathlib.Path("runs/quickstart")
 DATASET = "builtin:docstrings?context=300"
 MAX_LENGTH = 256  # tokens; longer rows are dropped
 SIZES = {"hidden_size": 128, "num_experts": 4, "expert_intermediate_size": 96}
@@ -39,33 +38,33 @@ def run(*words: str) -> None:
         raise SystemExit(f"quickstart stopped: the command above failed with exit code {finished.returncode}")
 
 
-def prepare(num_train: int, num_test: int) -> None:
+def prepare(folder: pathlib.Path, num_train: int, num_test: int) -> None:
     """A tiny checkpoint and the tokenised data set."""
     sizes = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
-    run("python", "-m", "dllm.models.tiny", "--family", "llada_moe", "--output", f"{FOLDER}/base", *sizes)
+    run("python", "-m", "dllm.models.tiny", "--family", "llada_moe", "--output", f"{folder}/base", *sizes)
     run(
-        *("python", "-m", "dllm.tools.preprocess_sft_dataset", "--model_name_or_path", f"{FOLDER}/base"),
-        *("--dataset_args", f"{DATASET}[train:{num_train},test:{num_test}]", "--output_dir", f"{FOLDER}/data"),
+        *("python", "-m", "dllm.tools.preprocess_sft_dataset", "--model_name_or_path", f"{folder}/base"),
+        *("--dataset_args", f"{DATASET}[train:{num_train},test:{num_test}]", "--output_dir", f"{folder}/data"),
     )
 
 
-def train(name: str, steps: int) -> None:
+def train(folder: pathlib.Path, name: str, steps: int) -> None:
     """One run of examples/llada/sft.py: same start, data order and masks for both."""
     run(
         *("accelerate", "launch", "--config_file", "scripts/accelerate_configs/cpu.yaml", "examples/llada/sft.py"),
-        *("--model_name_or_path", f"{FOLDER}/base", "--dataset_args", f"{FOLDER}/data[train]"),
+        *("--model_name_or_path", f"{folder}/base", "--dataset_args", f"{folder}/data[train]"),
         *("--load_preprocessed_data", "True", "--max_length", str(MAX_LENGTH)),
         *("--truncation", "filter", "--use_cpu", "True"),
         *("--max_steps", str(steps), "--per_device_train_batch_size", "8", "--learning_rate", "2e-3"),
-        *("--logging_steps", "10", "--save_strategy", "no", "--output_dir", f"{FOLDER}/{RUNS[name]}"),
+        *("--logging_steps", "10", "--save_strategy", "no", "--output_dir", f"{folder}/{RUNS[name]}"),
         *("--mem_enabled", str(name == "MemDLM")),
     )
 
 
-def held_out_losses(model, tokenizer, rows) -> dict[str, float]:
+def held_out_losses(folder: pathlib.Path, model, tokenizer, rows) -> dict[str, float]:
     """Loss of held-out rows without memory, and with a memory written from each batch's own labels."""
     args = MemDLMConfig(
-        output_dir=str(FOLDER / "eval"), per_device_eval_batch_size=8, use_cpu=True, disable_tqdm=True, mem_enabled=True
+        output_dir=str(folder / "eval"), per_device_eval_batch_size=8, use_cpu=True, disable_tqdm=True, mem_enabled=True
     )
     metrics = MemDLMTrainer(model=model, args=args, processing_class=tokenizer, eval_dataset=rows).evaluate()
     return {"loss_without_memory": metrics["eval_loss"], "loss_with_memory": metrics["eval_memory_loss"]}
@@ -81,16 +80,16 @@ def fill_in(model, tokenizer, row) -> str:
     return tokenizer.decode(filled[0, row["prompt_len"] :], skip_special_tokens=True)
 
 
-def training_log(name: str) -> list[dict]:
+def training_log(folder: pathlib.Path, name: str) -> list[dict]:
     """The logged training steps of one run."""
-    state = json.loads((FOLDER / RUNS[name] / "trainer_state.json").read_text())
+    state = json.loads((folder / RUNS[name] / "trainer_state.json").read_text())
     return [entry for entry in state["log_history"] if "loss" in entry]
 
 
-def draw_losses(path: pathlib.Path) -> None:
+def draw_losses(folder: pathlib.Path) -> None:
     """A PNG: the loss curves of both runs, and what the memory takes off the loss of a batch."""
     figure, (losses, gap) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    logs = {name: training_log(name) for name in RUNS}
+    logs = {name: training_log(folder, name) for name in RUNS}
     steps = [entry["step"] for entry in logs["MDLM"]]
     losses.plot(steps, [entry["loss"] for entry in logs["MDLM"]], label="MDLM")
     losses.plot(steps, [entry["loss"] for entry in logs["MemDLM"]], ":", label="MemDLM, memory in place")
@@ -99,27 +98,27 @@ def draw_losses(path: pathlib.Path) -> None:
     gap.plot(steps, [entry["memory_gap"] for entry in logs["MemDLM"]], "o", markersize=3)
     gap.axhline(0, color="grey", linewidth=0.8)
     gap.set(xlabel="optimizer step", title="MemDLM: loss of a batch without its memory, minus with it")
-    figure.savefig(path, dpi=120)
+    figure.savefig(folder / "loss.png", dpi=120)
 
 
-def report(num_test: int) -> list[dict]:
+def report(folder: pathlib.Path, num_test: int) -> list[dict]:
     """Evaluates both models; prints the filled-in answers; gives the table's rows."""
-    rows = data.load_sft_dataset(f"{FOLDER}/data[test:{num_test}]", True)
+    rows = data.load_sft_dataset(f"{folder}/data[test:{num_test}]", True)
     limits = utils.DataArguments(dataset_args="held-out rows", max_length=MAX_LENGTH, truncation="filter")
     rows = data.post_process_dataset(rows, limits)["test"]
     example = min(rows, key=lambda row: len(row["input_ids"]) - row["prompt_len"])
     table, answers = [], {}
-    for name, folder in RUNS.items():
-        path = str(FOLDER / folder / "checkpoint-final")
+    for name, run_name in RUNS.items():
+        path = str(folder / run_name / "checkpoint-final")
         tokenizer = utils.get_tokenizer(model_name_or_path=path)
         model = utils.get_model(model_name_or_path=path)
-        log = training_log(name)
+        log = training_log(folder, name)
         steady = sorted(entry["step_seconds"] for entry in log)[len(log) // 2]
         answers[name] = fill_in(model, tokenizer, example)
         table.append(
             {
                 "training": name,
-                **held_out_losses(model, tokenizer, rows),
+                **held_out_losses(folder, model, tokenizer, rows),
                 "seconds_per_step": steady,
                 "peak_memory_mib": max(entry["peak_memory_mib"] for entry in log),
             }
@@ -154,21 +153,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each run")
     parser.add_argument("--num_train", type=int, default=2000, help="training rows")
     parser.add_argument("--num_test", type=int, default=48, help="held-out rows")
+    parser.add_argument("--output_dir", type=pathlib.Path, default=pathlib.Path("runs/quickstart"), help="results")
     options = parser.parse_args()
+    folder = options.output_dir
     began = time.perf_counter()
-    if FOLDER.exists():
-        kept = FOLDER.with_name(f"quickstart-{time.strftime('%Y%m%d-%H%M%S')}")
-        FOLDER.rename(kept)
+    if folder.exists():
+        kept = folder.with_name(f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        folder.rename(kept)
         console.print(f"the results of the quickstart before this one are kept in {kept}")
-    prepare(options.num_train, options.num_test)
+    prepare(folder, options.num_train, options.num_test)
     for name in RUNS:
-        train(name, options.steps)
-    rows = report(options.num_test)
+        train(folder, name, options.steps)
+    rows = report(folder, options.num_test)
     print_table(rows)
-    (FOLDER / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
-    draw_losses(FOLDER / "loss.png")
+    (folder / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
+    draw_losses(folder)
     seconds = time.perf_counter() - began
-    console.print(f"{seconds:.0f} s; table.json, loss.png and the checkpoints are in {FOLDER}/")
+    console.print(f"{seconds:.0f} s; table.json, loss.png and the checkpoints are in {folder}/")
 
 
 if __name__ == "__main__":
