@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, make_dataclass
-from operator import attrgetter
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
-from torchmetrics.aggregation import MeanMetric
+from accelerate.utils import DistributedType, DynamoBackend
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import IntervalStrategy
 
 from dllm.core.trainers.mdlm import MDLMConfig, MDLMTrainer
+from dllm.core.trainers.meters import MeanMetric
 from dllm.data.collators import Batch, NoisingCollator
 from dllm.utils.logging import get_default_logger
 from dllm.utils.parsing import InputError
@@ -35,6 +34,9 @@ class MemDLMConfig(MDLMConfig, _MemoryFlags):  # pyright: ignore[reportGeneralTy
     def __post_init__(self) -> None:
         super().__post_init__()
         memory = self.memory()
+        changed = [name for name, _, setting in flag_fields() if getattr(self, name) != setting.default]
+        if changed and not memory.enabled:
+            raise InputError(f"{', '.join(changed)} has no effect without --mem_enabled True")
         if memory.prompt_mask_ratio != MemoryConfig.prompt_mask_ratio:
             raise InputError("mem_prompt_mask_ratio has no effect in training with mem_masking_strategy=pmc: drop it")
 
@@ -82,26 +84,29 @@ class MemDLMTrainer(MDLMTrainer):
             "written inside the forward, which shares the layers below"
         )
         self.eval_metrics.metrics["memory_loss"] = MeanMetric()
-        self._writes: list[InnerReport] = []
+        self._writes = _WriteSums()
         self._observed: dict[str, list[torch.Tensor]] = {"loss_with_memory": [], "loss_without_memory": []}
 
     def _refuse_engines(self) -> None:
-        if self.args.torch_compile:
+        if self.args.torch_compile or self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
             raise InputError(
-                "memory and torch.compile cannot be combined (compiled code ignores hooks): drop --torch_compile"
+                "memory and torch.compile cannot be combined (compiled code ignores hooks): drop --torch_compile, and "
+                "dynamo_backend from the launcher's settings"
             )
         sharded = self.is_fsdp_enabled or (
             self.accelerator.distributed_type == DistributedType.DEEPSPEED and is_deepspeed_zero3_enabled()
         )
         if sharded:
-            raise InputError("memory with sharded parameters (FSDP, ZeRO-3) is not available yet: use DDP or ZeRO-1/2")
+            raise InputError("memory with sharded parameters (FSDP, ZeRO-3) is not available yet: use DDP")
 
     def make_collator(self, pad, args: MemDLMConfig, tokenizer, stream: str) -> NoisingCollator:
+        """A `MemoryCollator`, or with memory off the plain one."""
         if not self.memory_config.enabled:
             return super().make_collator(pad, args, tokenizer, stream)
         return MemoryCollator(pad, config=self.memory_config, **self._noising_settings(args, tokenizer, stream))
 
     def forward_loss_positions(self, model, inputs: Batch):
+        """As in `MDLMTrainer`; with memory attached the forward writes it at the split point."""
         if self.memory is None or not self.memory.fast.is_attached:
             return super().forward_loss_positions(model, inputs)
         steps = inner_steps(inputs)
@@ -123,22 +128,25 @@ class MemDLMTrainer(MDLMTrainer):
         if observed:
             self._observe("loss_with_memory", outputs.logits, inputs)
         if training and self.memory.report is not None:
-            self._writes.append(self.memory.report)
+            self._writes.add(self.memory.report)
         return outputs
 
     def training_step(self, model, inputs: Batch, num_items_in_batch=None) -> torch.Tensor:
+        """As in `MDLMTrainer`, with the memory attached until after backward."""
         if self.memory is None:
             return super().training_step(model, inputs, num_items_in_batch)
         with self.memory.attached():
             return super().training_step(model, inputs, num_items_in_batch)
 
     def prediction_step(self, model, inputs: Batch, prediction_loss_only: bool, ignore_keys=None):
+        """As in `MDLMTrainer`, without memory; once more with one written from the batch: `eval_memory_loss`."""
         result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if self.memory is not None:
             inputs = self._prepare_inputs(inputs)
             with torch.no_grad(), self.memory.attached():
                 loss = self.loss_and_outputs(model, inputs)[0]
-            self.eval_metrics.update("memory_loss", loss, float(len(inputs["input_ids"])))
+            per_row = self.gather_function(loss.repeat(len(inputs["input_ids"])))
+            self.eval_metrics.update("memory_loss", per_row, torch.ones_like(per_row))
         return result
 
     @property
@@ -150,6 +158,8 @@ class MemDLMTrainer(MDLMTrainer):
 
     @property
     def _logs_this_step(self) -> bool:
+        if self.args.logging_strategy != IntervalStrategy.STEPS:
+            return False
         step = self.state.global_step + 1
         every = max(1, int(self.state.logging_steps))
         return step % every == 0 or (step == 1 and self.args.logging_first_step)
@@ -167,7 +177,8 @@ class MemDLMTrainer(MDLMTrainer):
         return before_write
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self.memory is not None and self._writes:
+        """As in `MDLMTrainer`; training entries also get both losses and what the inner loop did."""
+        if "loss" in logs and self.memory is not None and self._writes.count:
             logs.update(self._memory_logs())
         super().log(logs, start_time)
 
@@ -183,16 +194,28 @@ class MemDLMTrainer(MDLMTrainer):
                 losses.clear()
         if values:
             values["memory_gap"] = values["loss_without_memory"] - values["loss_with_memory"]
-        writes, self._writes = self._writes, []
-        values["mem_change"] = float(torch.stack([write.change for write in writes]).mean())
-        for name in ("inner_loss", "inner_grad_norm", "inner_skipped"):
-            per_step = torch.stack([_REPORTED[name](write) for write in writes]).mean(dim=0).tolist()
-            values.update({f"mem_{name}_{index + 1}": round(value, 6) for index, value in enumerate(per_step)})
+        values.update(self._writes.means())
+        self._writes = _WriteSums()
         return values
 
 
-_REPORTED: dict[str, Callable[[InnerReport], torch.Tensor]] = {
-    "inner_loss": attrgetter("losses"),
-    "inner_grad_norm": attrgetter("grad_norms"),
-    "inner_skipped": attrgetter("skipped"),
-}
+class _WriteSums:
+    """Sums over the writes since the last log, kept on the device."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.change: torch.Tensor | float = 0.0
+        self.per_step: torch.Tensor | float = 0.0  # [3, S]: inner losses, gradient norms, skipped steps
+
+    def add(self, report: InnerReport) -> None:
+        self.count += 1
+        self.change = self.change + report.change
+        self.per_step = self.per_step + torch.stack([report.losses, report.grad_norms, report.skipped])
+
+    def means(self) -> dict[str, float]:
+        values = {"mem_change": float(self.change) / self.count}
+        assert isinstance(self.per_step, torch.Tensor)
+        names = ("mem_inner_loss", "mem_inner_grad_norm", "mem_inner_skipped")
+        for name, row in zip(names, (self.per_step / self.count).tolist(), strict=True):
+            values.update({f"{name}_{index + 1}": round(value, 6) for index, value in enumerate(row)})
+        return values

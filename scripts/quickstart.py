@@ -1,6 +1,7 @@
 """The quickstart: a tiny LLaDA-MoE, real text, plain training and training with memory from the same start, one table.
 
-Everything runs through the commands that a user would type; each is printed. Results lie in runs/quickstart/, or in the folder given.
+Everything runs through the commands that a user would type; each is printed. Results lie in runs/quickstart/, or in the
+folder given.
 """
 
 import argparse

@@ -282,13 +282,25 @@ def resolve_checkpoint(output_dir: str, resume_from_checkpoint: str | bool | Non
                 f"--resume_from_checkpoint True, but {folder} holds no checkpoint-N: give the checkpoint's "
                 "path, or drop the flag to start anew"
             )
-        return newest
+        return _with_optimizer_state(newest)
     if not (pathlib.Path(wanted) / "trainer_state.json").is_file():
         raise InputError(
             f"--resume_from_checkpoint {wanted} is no checkpoint (it has no trainer_state.json): give a "
             "checkpoint-N folder, or True for the newest in --output_dir"
         )
-    return wanted
+    return _with_optimizer_state(wanted)
+
+
+_OPTIMIZER_TRACES = ("optimizer*", "global_step*", "*/*optim_states.pt")  # plain, FSDP and DeepSpeed checkpoints
+
+
+def _with_optimizer_state(checkpoint: str) -> str:
+    if not any(found for pattern in _OPTIMIZER_TRACES for found in pathlib.Path(checkpoint).glob(pattern)):
+        raise InputError(
+            f"{checkpoint} holds the model only (--save_only_model True), so the run cannot be continued: start a new "
+            f"one from it with --model_name_or_path {checkpoint}"
+        )
+    return checkpoint
 
 
 def initial_training_setup(model_args: Any, data_args: Any, training_args: transformers.TrainingArguments) -> None:

@@ -26,4 +26,4 @@ exec accelerate launch "${launch[@]}" examples/llada/sft.py \
     --gradient_checkpointing True \
     --save_only_model True \
     --output_dir "${OUTPUT_DIR:-runs/llada-sft}" \
-    "${device[@]}" "$@"
+    ${device[@]+"${device[@]}"} "$@"

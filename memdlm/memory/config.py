@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
@@ -114,7 +115,7 @@ class MemoryConfig:
                 "at least 1",
             ),
             ("distill_temperature", self.distill_temperature > 0, "above 0"),
-            ("inner_lr", self.inner_lr >= 0, "at least 0"),
+            ("inner_lr", 0 <= self.inner_lr < math.inf, "at least 0 and finite"),
             ("inner_grad_clip", self.inner_grad_clip >= 0, "at least 0 (0 turns the clip off)"),
             ("inner_rank", self.inner_rank >= 1, "at least 1"),
             ("inner_alpha", self.inner_alpha > 0, "above 0"),
@@ -150,6 +151,13 @@ class MemoryConfig:
         for name in ("distill_temperature", "distill_hidden_type"):
             if getattr(self, name) != getattr(MemoryConfig, name) and self.inner_loss_type == "ce":
                 raise InputError(f"{FLAG_PREFIX}{name} has no effect with {FLAG_PREFIX}inner_loss_type=ce: drop it")
+
+        if self.inner_loss_mask_mode == "newly_revealed" and self.num_inner_steps == 1:
+            raise InputError(
+                "mem_inner_loss_mask_mode=newly_revealed has no effect with mem_num_inner_steps=1: drop it"
+            )
+        if self.clip_kind == "global" and self.inner_grad_clip == 0:
+            raise InputError("mem_clip_kind=global has no effect with mem_inner_grad_clip=0 (no clip): drop it")
 
     @property
     def target_roles(self) -> tuple[str, ...]:

@@ -50,6 +50,12 @@ class ParametricMemory:
     def __init__(self, model: nn.Module, config: MemoryConfig, scheduler: BaseAlphaScheduler | None = None) -> None:
         self.config = config
         self.scheduler = scheduler or LinearAlphaScheduler()
+        if config.loss_weight_type == "scheduler" and not isinstance(self.scheduler, LinearAlphaScheduler):
+            # A state's t is its share of masks, which is a time of the linear schedule only.
+            raise InputError(
+                "the inner loss can be weighted by the schedule only if that is linear: use alpha_scheduler linear or "
+                "loss_weight_type uniform"
+            )
         self.lm = unwrap(model)
         self.backbone = self.lm.backbone
         self.spec = spec_of(self.lm)

@@ -65,6 +65,9 @@ def test_every_field_takes_another_value_or_says_why_not(name: str) -> None:
         ({"inner_layer_fraction": 1.5}, r"in \(0, 1\]"),
         ({"num_inner_steps": 0}, "at least 1"),
         ({"inner_lr": -1.0}, "at least 0"),
+        ({"inner_lr": float("inf")}, "finite"),
+        ({"inner_loss_mask_mode": "newly_revealed", "num_inner_steps": 1}, "has no effect with mem_num_inner_steps=1"),
+        ({"clip_kind": "global", "inner_grad_clip": 0.0}, "has no effect with mem_inner_grad_clip=0"),
         ({"inner_grad_clip": -1.0}, "at least 0"),
         ({"progressive_consistent_start_scale": 0.5}, "at least 1"),
         ({"inner_target_modules": " , "}, "at least one role"),
@@ -85,7 +88,11 @@ def test_flags_are_the_fields_with_a_prefix(tmp_path) -> None:
     fields = {f.name for f in dataclasses.fields(MemoryConfig)} - {"loss_weight_type", "loss_norm_type"}
     assert names == {f"mem_{name}" for name in fields}
     assert names <= {f.name for f in dataclasses.fields(MemDLMConfig)}
-    args = MemDLMConfig(output_dir=str(tmp_path), use_cpu=True, mem_inner_lr=0.3, loss_weight_type="uniform")  # pyright: ignore
+    args = MemDLMConfig(
+        output_dir=str(tmp_path), use_cpu=True, mem_enabled=True, mem_inner_lr=0.3, loss_weight_type="uniform"
+    )  # pyright: ignore
     assert args.memory().inner_lr == 0.3 and args.memory().loss_weight_type == "uniform"
+    with pytest.raises(ValueError, match="mem_inner_lr, mem_seed has no effect without --mem_enabled True"):
+        MemDLMConfig(output_dir=str(tmp_path), use_cpu=True, mem_seed=3, mem_inner_lr=0.3)  # pyright: ignore
     with pytest.raises(ValueError, match="mem_inner_rank must be at least 1"):
         MemDLMConfig(output_dir=str(tmp_path), use_cpu=True, mem_inner_rank=0)

@@ -2,6 +2,7 @@
 
 import math
 
+import datasets
 import pytest
 import torch
 
@@ -130,6 +131,35 @@ def test_a_batch_with_nothing_maskable_is_counted_and_changes_nothing(load, toke
     assert [entry["loss"] for entry in logs] == [0.0, 0.0] and logs[-1]["empty_batches"] == 2
 
 
+def test_likelihood_does_not_depend_on_how_the_loss_is_weighted(load, tokenizer, rows, tmp_path) -> None:
+    expected = _trainer(load(), tokenizer, rows, tmp_path).evaluate()["eval_nll"]
+    for settings in ({"loss_weight_type": "uniform"}, {"loss_norm_type": "sequence"}, {"loss_norm_type": "batch"}):
+        assert _trainer(load(), tokenizer, rows, tmp_path, **settings).evaluate()["eval_nll"] == expected
+
+
+def test_an_evaluation_that_broke_off_leaves_nothing_behind(load, tokenizer, rows, tmp_path, monkeypatch) -> None:
+    trainer = _trainer(load(), tokenizer, rows, tmp_path, per_device_eval_batch_size=4)
+    expected = trainer.evaluate()["eval_nll"]
+    original, calls = trainer.row_nll, []
+
+    def break_off(*inputs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("a worker died, say")
+        return original(*inputs)
+
+    monkeypatch.setattr(trainer, "row_nll", break_off)
+    with pytest.raises(RuntimeError, match="a worker died"):
+        trainer.evaluate()
+    assert trainer.evaluate()["eval_nll"] == expected
+
+
+def test_a_loss_that_is_not_finite_shows_in_the_metrics(load, tokenizer, rows, tmp_path) -> None:
+    model = load()
+    model.lm_head.weight.data[:] = float("nan")
+    assert math.isnan(_trainer(model, tokenizer, rows, tmp_path).evaluate()["eval_nll"])
+
+
 def test_rows_without_ids_are_numbered(load, tokenizer, rows, tmp_path) -> None:
     bare = [{key: value for key, value in row.items() if key != "example_id"} for row in rows]
     named = _trainer(load(), tokenizer, rows, tmp_path).evaluate()
@@ -154,6 +184,8 @@ def test_bad_input_is_refused(load, tokenizer, rows, tmp_path) -> None:
     with pytest.raises(ValueError, match="reentrant"):
         settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
         _trainer(load(), tokenizer, rows, tmp_path, **settings)
+    with pytest.raises(ValueError, match="iterable data sets are not available yet"):
+        _trainer(load(), tokenizer, datasets.Dataset.from_list(rows).to_iterable_dataset(), tmp_path)
     with pytest.raises(ValueError, match="label_smoothing_factor has no effect"):
         _trainer(load(), tokenizer, rows, tmp_path, label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="compute_metrics has no effect"):

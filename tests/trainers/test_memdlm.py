@@ -167,9 +167,23 @@ def test_an_exception_in_a_step_leaves_the_model_clean(load, tokenizer, rows, tm
     assert model.backbone.split_callback is None
 
 
+def test_a_launcher_that_compiles_is_refused(load, tokenizer, rows, tmp_path, monkeypatch) -> None:
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    AcceleratorState._reset_state()
+    try:
+        with pytest.raises(ValueError, match="dynamo_backend"):
+            _memory_trainer(load(), tokenizer, rows, tmp_path, **MEMORY)
+    finally:
+        AcceleratorState._reset_state()
+
+
 def test_combinations_that_cannot_work_are_refused(load, tokenizer, rows, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"torch\.compile cannot be combined"):
         _memory_trainer(load(), tokenizer, rows, tmp_path, torch_compile=True, **MEMORY)
+    with pytest.raises(ValueError, match="use alpha_scheduler linear or loss_weight_type uniform"):
+        _memory_trainer(load(), tokenizer, rows, tmp_path, alpha_scheduler="cosine", **MEMORY)
     with pytest.raises(ValueError, match=r"leaves none: use at least 0\.2"):
         _memory_trainer(load(), tokenizer, rows, tmp_path, **{**MEMORY, "mem_inner_layer_fraction": 1e-17})
     with pytest.raises(ValueError, match="mem_prompt_mask_ratio has no effect in training"):

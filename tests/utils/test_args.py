@@ -128,6 +128,7 @@ def test_what_to_resume_from(tmp_path):
             resolve_checkpoint(str(missing), "True")
     for step in (9, 10):
         touch(tmp_path / f"checkpoint-{step}" / "trainer_state.json")
+        touch(tmp_path / f"checkpoint-{step}" / "optimizer.pt")
     newest, older = str(tmp_path / "checkpoint-10"), str(tmp_path / "checkpoint-9")
     assert resolve_checkpoint(str(tmp_path), True) == newest == resolve_checkpoint(str(tmp_path), "true")
     assert resolve_checkpoint(str(tmp_path), older) == older
@@ -135,9 +136,18 @@ def test_what_to_resume_from(tmp_path):
         resolve_checkpoint(str(tmp_path), str(tmp_path))
 
 
+def test_a_checkpoint_of_the_model_alone_cannot_be_resumed(tmp_path):
+    touch(tmp_path / "checkpoint-7" / "trainer_state.json")
+    touch(tmp_path / "checkpoint-7" / "model.safetensors")
+    for wanted in ("True", str(tmp_path / "checkpoint-7")):
+        with pytest.raises(InputError, match=r"holds the model only .* start a new one from it with --model_name"):
+            resolve_checkpoint(str(tmp_path), wanted)
+
+
 def test_setup_resolves_the_checkpoint_and_seeds(tmp_path, capsys):
     args = TrainingArguments(str(tmp_path), use_cpu=True, resume_from_checkpoint="True", seed=5)
     touch(tmp_path / "checkpoint-3" / "trainer_state.json")
+    touch(tmp_path / "checkpoint-3" / "optimizer.pt")
     initial_training_setup(MODEL, DATA, args)
     assert args.resume_from_checkpoint == str(tmp_path / "checkpoint-3")
     drawn = torch.rand(1)

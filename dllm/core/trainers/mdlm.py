@@ -77,8 +77,8 @@ class MDLMTrainer(transformers.Trainer):
         Everything else as in transformers.Trainer.
 
     Raises:
-        InputError: no mask or pad token, an iterable data set without example ids, reentrant activation checkpointing,
-            several GPUs in one process, or a Trainer option that could not take effect.
+        InputError: no mask or pad token, an iterable data set, reentrant activation checkpointing, several GPUs in one
+            process, or a Trainer option that could not take effect.
     """
 
     # compute_loss returns the mean over its own batch, so Trainer must divide by gradient_accumulation_steps.
@@ -155,6 +155,17 @@ class MDLMTrainer(transformers.Trainer):
         weights = loss_weights(inputs["t"], self.scheduler_alpha, self.args.loss_weight_type)
         return normalise(nll, positions, inputs["input_ids"].shape[1], weights, inputs["num_maskable"], norm_type)
 
+    def row_nll(self, logits: torch.Tensor, inputs: Batch) -> torch.Tensor:
+        """Estimate of each row's negative log-likelihood in nats, float32 [B]: sum of w(t) * CE over its masks.
+
+        Always with the schedule's weight, whatever `loss_weight_type` says: only so is it a bound on the likelihood.
+        """
+        positions = inputs["loss_positions"]
+        nll = token_nll(logits, inputs["input_ids"].reshape(-1)[positions])
+        rows = positions // inputs["input_ids"].shape[1]
+        weights = self.scheduler_alpha.weight(inputs["t"])
+        return torch.zeros_like(weights).index_add(0, rows, nll.to(weights.dtype) * weights[rows])
+
     def compute_loss(self, model, inputs: Batch, return_outputs: bool = False, num_items_in_batch=None):
         """Masked-diffusion loss of a collated batch; with nothing maskable it is 0, and the log counts such batches."""
         loss, outputs = self.loss_and_outputs(model, inputs)
@@ -169,6 +180,7 @@ class MDLMTrainer(transformers.Trainer):
         return loss, outputs
 
     def training_step(self, model, inputs: Batch, num_items_in_batch=None) -> torch.Tensor:
+        """As in Trainer; also counts batches with nothing maskable."""
         self._num_empty_batches += (inputs["num_maskable"].sum() == 0).to(self.args.device)
         return super().training_step(model, inputs, num_items_in_batch)
 
@@ -177,19 +189,27 @@ class MDLMTrainer(transformers.Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             loss, outputs = self.loss_and_outputs(model, inputs)
-            tokens = inputs["num_maskable"].sum()
-            per_token = self.weighted_loss(outputs.logits, inputs, "token")
+            nll = self.row_nll(outputs.logits, inputs)
+        # Gathered by row: where ranks get repeated rows to make the last batch even, those are cut off here.
+        nll, count = self.gather_function((nll, inputs["num_maskable"]))
         for name in ("nll", "ppl"):
-            self.eval_metrics.update(name, per_token, tokens)
+            self.eval_metrics.update(name, nll / count.clamp(min=1), count)
         return loss.detach(), None, None
 
+    def evaluation_loop(self, *args, **kwargs):
+        """As in Trainer, with metrics that start at zero, also after an evaluation that was broken off."""
+        self.eval_metrics.reset()
+        return super().evaluation_loop(*args, **kwargs)
+
     def get_eval_dataloader(self, eval_dataset: Any = None):
+        """As in Trainer, with masks that are the same at every evaluation."""
         if not isinstance(eval_dataset, str):
             eval_dataset = with_example_ids(eval_dataset)
         with self._collating_with(self.eval_collator):
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any):
+        """As in Trainer, with masks that are the same at every call."""
         with self._collating_with(self.eval_collator):
             return super().get_test_dataloader(with_example_ids(test_dataset))
 
@@ -203,6 +223,7 @@ class MDLMTrainer(transformers.Trainer):
             self.data_collator = training_collator
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in Trainer; training entries also get seconds per step, peak memory and the number of empty batches."""
         if "loss" in logs:
             seconds = self.clock.read()
             if seconds is not None:
@@ -221,8 +242,7 @@ class _SetEpoch(transformers.TrainerCallback):
         self.collator = collator
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
-        # state.epoch is fractional when a run resumes inside an epoch; the small term absorbs the rounding of (steps /
-        # steps).
+        # Fractional when a run resumes inside an epoch; the small term absorbs the rounding of a division.
         self.collator.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
 
@@ -244,16 +264,14 @@ def with_example_ids(dataset: Any) -> Any:
     sets pass through.
 
     Raises:
-        InputError: an iterable data set without the column: it has no index to number its rows by.
+        InputError: an iterable data set: it has no index to number its rows by.
     """
     if dataset is None:
         return None
     if isinstance(dataset, dict):
         return {name: with_example_ids(part) for name, part in dataset.items()}
-    if isinstance(dataset, datasets.IterableDataset) and "example_id" in (dataset.column_names or []):
-        return dataset
     if isinstance(dataset, (IterableDataset, datasets.IterableDataset)):
-        raise InputError("an iterable data set needs an `example_id` column (int): masks are drawn from it")
+        raise InputError("iterable data sets are not available yet: give one with a length and rows by index")
     if isinstance(dataset, datasets.Dataset):
         if "example_id" in dataset.column_names:
             return dataset

@@ -8,26 +8,50 @@ import time
 
 import torch
 import transformers
-from torchmetrics.aggregation import MeanMetric
+from torchmetrics import Metric
+
+
+class MeanMetric(Metric):
+    """Weighted mean over all updates and ranks: sum of value * weight / sum of weights; not finite values stay visible.
+
+    (torchmetrics' own MeanMetric drops nan with a warning, and looks for it by waiting for the device in each update.)
+    """
+
+    total: torch.Tensor
+    weight: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("weight", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, value: torch.Tensor, weight: torch.Tensor) -> None:
+        """Adds values with their weights, both of any one shape."""
+        self.total += (value.double() * weight.double()).sum()
+        self.weight += weight.double().sum()
+
+    def compute(self) -> torch.Tensor:
+        """The mean, a float64 scalar; nan without updates."""
+        return self.total / self.weight
 
 
 class NLLMetric(MeanMetric):
-    """Negative log-likelihood per token in nats, over all ranks: sum of `update(value, weight)` value * weight / sum of
-    weights."""
+    """Negative log-likelihood per token in nats: update with per-token means and token counts."""
 
 
 class PPLMetric(MeanMetric):
-    """Perplexity over all ranks: exp of what `NLLMetric` gives for the same updates."""
+    """Perplexity: exp of what `NLLMetric` gives for the same updates."""
 
     def compute(self) -> torch.Tensor:
+        """exp of the mean, a float64 scalar."""
         return torch.exp(super().compute())
 
 
 class OnEvaluateMetricsCallback(transformers.TrainerCallback):
     """Adds metrics that were updated during an evaluation pass to its result and to the log, then empties them.
 
-    The trainer's prediction_step calls `update`; sums stay on the device and are read once per pass, gathered over
-    ranks.
+    The trainer's prediction_step calls `update` with values of all ranks; sums stay on the device and are read once
+    per pass.
 
     Args:
         trainer: the trainer whose `log` is used.
@@ -38,15 +62,20 @@ class OnEvaluateMetricsCallback(transformers.TrainerCallback):
         self.trainer = trainer
         self.metrics = metrics
 
-    def update(self, name: str, value: torch.Tensor, weight: torch.Tensor | float) -> None:
-        """Adds the mean `value` of `weight` items to metric `name`."""
+    def update(self, name: str, value: torch.Tensor, weight: torch.Tensor) -> None:
+        """Adds values with their weights to metric `name`."""
         self.metrics[name].to(value.device).update(value, weight)
 
-    def on_evaluate(self, args, state, control, metrics, **kwargs) -> None:
-        prefix = next(key for key in metrics if key.endswith("_loss")).removesuffix("_loss")
-        values = {f"{prefix}_{name}": float(metric.compute()) for name, metric in self.metrics.items()}
+    def reset(self) -> None:
+        """Empties all metrics."""
         for metric in self.metrics.values():
             metric.reset()
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs) -> None:
+        """Adds the values to `metrics` and logs them."""
+        prefix = next(key for key in metrics if key.endswith("_loss")).removesuffix("_loss")
+        values = {f"{prefix}_{name}": float(metric.compute()) for name, metric in self.metrics.items()}
+        self.reset()
         metrics.update(values)
         self.trainer.log(values)
 
@@ -65,9 +94,11 @@ class StepClock(transformers.TrainerCallback):
         self._seconds: list[float] = []
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
+        """Starts the clock."""
         self._began = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Notes the seconds of this step."""
         self._seconds.append(time.perf_counter() - self._began)
 
     def read(self) -> float | None:
