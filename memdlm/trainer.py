@@ -88,7 +88,8 @@ class MemDLMTrainer(MDLMTrainer):
         self._observed: dict[str, list[torch.Tensor]] = {"loss_with_memory": [], "loss_without_memory": []}
 
     def _refuse_engines(self) -> None:
-        if self.args.torch_compile or self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        plugin = self.accelerator.state.dynamo_plugin
+        if self.args.torch_compile or (plugin is not None and plugin.backend != DynamoBackend.NO):
             raise InputError(
                 "memory and torch.compile cannot be combined (compiled code ignores hooks): drop --torch_compile, and "
                 "dynamo_backend from the launcher's settings"
@@ -145,7 +146,7 @@ class MemDLMTrainer(MDLMTrainer):
             inputs = self._prepare_inputs(inputs)
             with torch.no_grad(), self.memory.attached():
                 loss = self.loss_and_outputs(model, inputs)[0]
-            per_row = self.gather_function(loss.repeat(len(inputs["input_ids"])))
+            per_row: Any = self.gather_function(loss.repeat(len(inputs["input_ids"])))
             self.eval_metrics.update("memory_loss", per_row, torch.ones_like(per_row))
         return result
 
