@@ -82,13 +82,16 @@ def read_shapes(files: Sequence[pathlib.Path]) -> dict[str, tuple[tuple[int, ...
     found = {}
     for file in files:
         try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (a handle, not a mapping)
-                    view = tensors.get_slice(name)
-                    found[name] = (tuple(view.get_shape()), view.get_dtype())
+            found.update(_read_header(file))
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file} is cut short or damaged ({error}): fetch or copy it again") from error
     return found
+
+
+def _read_header(file: pathlib.Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    with safe_open(file, framework="pt") as tensors:
+        views = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (a handle, not a mapping)
+        return {name: (tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()}
 
 
 def stored_dtype(shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> torch.dtype:
@@ -114,7 +117,8 @@ def check_weights(
     # Fields of a tied weight share one tensor; files hold it once.
     tied = set(model.all_tied_weights_keys)
     missing = sorted(set(wanted) - set(shapes) - tied)
-    unexpected = sorted(set(shapes) - set(wanted))
+    # Tables of rotary frequencies, which some checkpoints carry, follow from the configuration.
+    unexpected = sorted(name for name in set(shapes) - set(wanted) if not name.endswith(".inv_freq"))
     different = [
         f"{name} {list(shapes[name][0])} (the configuration asks for {list(shape)})"
         for name, shape in sorted(wanted.items())

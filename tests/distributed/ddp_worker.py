@@ -1,4 +1,4 @@
-"""One process of tests/distributed/test_ddp.py: trains a few steps and writes what it saw to RANK.json."""
+"""One process of tests/distributed/test_ddp.py: trains a few steps and writes what it saw to RANK.json and RANK.pt."""
 
 import json
 import pathlib
@@ -14,6 +14,7 @@ from memdlm import MemDLMConfig, MemDLMTrainer
 
 def main() -> None:
     checkpoint, output, settings = sys.argv[1], pathlib.Path(sys.argv[2]), json.loads(sys.argv[3])
+    num_eval_rows = settings.pop("num_eval_rows", 12)
     args = MemDLMConfig(output_dir=str(output), use_cpu=True, disable_tqdm=True, save_strategy="no", **settings)
     generator = torch.Generator().manual_seed(5)
     rows = []
@@ -28,7 +29,7 @@ def main() -> None:
         args=args,
         processing_class=AutoTokenizer.from_pretrained(checkpoint),
         train_dataset=rows,
-        eval_dataset=rows,
+        eval_dataset=rows[:num_eval_rows],
     )
     written = []
     if trainer.memory is not None:
@@ -37,7 +38,7 @@ def main() -> None:
 
         def remember(flat):
             if flat is not None and not flat.requires_grad:
-                written.append(flat.double().sum().item())
+                written.append(flat.clone())
             original(flat)
 
         fast.set = remember
@@ -47,10 +48,12 @@ def main() -> None:
         "world_size": args.world_size,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "weights": {name: value.double().sum().item() for name, value in model.state_dict().items()},
-        "written": written,
+        "written": [flat.double().sum().item() for flat in written],
+        "metrics": {name: value for name, value in metrics.items() if name.startswith("eval_")},
         "eval_nll": metrics["eval_nll"],
     }
     rank = dist.get_rank() if dist.is_initialized() else 0
+    torch.save(written, output / f"{rank}.pt")  # every phi_K, flat float32
     (output / f"{rank}.json").write_text(json.dumps(seen))
     if dist.is_initialized():
         # Leaving without this aborts at random.

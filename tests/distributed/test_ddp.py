@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from dllm.models.tiny import make_tiny_checkpoint
 
@@ -64,3 +65,58 @@ def test_inner_gradients_are_averaged_when_asked(checkpoint, tmp_path, sync: boo
     training = slice(0, 3)  # evaluation writes each rank's own
     assert (first["written"][training] == second["written"][training]) == sync
     assert first["weights"] == second["weights"]
+
+
+def _written(output: pathlib.Path, processes: int) -> list[list[torch.Tensor]]:
+    return [torch.load(output / f"{rank}.pt") for rank in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def strong_checkpoint(tmp_path_factory) -> pathlib.Path:
+    """Larger weights: near-uniform predictions would hide what the memory does. Dense, so that rounding cannot send a
+    token to another expert."""
+    folder = tmp_path_factory.mktemp("ddp") / "strong"
+    return make_tiny_checkpoint(folder, "llada", d_model=32, n_layers=5, init_std=0.1)
+
+
+def test_synchronised_fast_weights_are_those_of_one_process_on_the_global_batch(strong_checkpoint, tmp_path) -> None:
+    # Sums over rows / B: the mean over two ranks of two rows is the value of four rows. No clip, which would hide a
+    # factor; the learning rate of the model is 0 so that every step starts from the same weights.
+    settings = {
+        **MEMORY,
+        "loss_norm_type": "batch",
+        "learning_rate": 0.0,
+        "mem_inner_grad_clip": 0.0,
+        "mem_inner_lr": 0.05,
+        "num_eval_rows": 10,
+    }
+    (single,) = _run(strong_checkpoint, tmp_path / "one", 1, per_device_train_batch_size=4, **settings)
+    ranks = _run(strong_checkpoint, tmp_path / "two", 2, per_device_train_batch_size=2, **settings)
+    (alone,), (first, second) = _written(tmp_path / "one", 1), _written(tmp_path / "two", 2)
+    untouched = SETTINGS["max_steps"]
+    for one, two, expected in zip(first[:untouched], second[:untouched], alone[:untouched], strict=True):
+        assert torch.equal(one, two)
+        # float32; two halves are averaged instead of one batch summed. 1e-5 of phi is far below what a write moves it.
+        assert float((one - expected).norm()) < 1e-5 * float(expected.norm())
+    assert ranks[0]["losses"] == pytest.approx(single["losses"], rel=1e-5)
+    # A, drawn anew in each step, is the same on one process and on two; what was written is not lost in it.
+    assert not torch.equal(alone[0], alone[1])
+
+    # Evaluation: each rank writes from its own rows (3 a batch: rank 0 gets rows 0-2 and 6-8, rank 1 rows 3-5 and 9),
+    # to the memories that one process writes from the same rows.
+    first, second, alone = (written[untouched:] for written in (first, second, alone))
+    assert len(first) == len(second) == 2 and len(alone) == 4
+    assert not any(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+    for phi, expected in zip((first[0], second[0], first[1]), alone[:3], strict=True):
+        assert float((phi - expected).norm()) < 1e-5 * float(expected.norm())
+
+
+@pytest.mark.parametrize("num_rows", [10, 11, 4])
+def test_repeated_rows_of_an_uneven_evaluation_do_not_count(strong_checkpoint, tmp_path, num_rows: int) -> None:
+    settings = {"max_steps": 1, "learning_rate": 0.0, "per_device_train_batch_size": 2, "num_eval_rows": num_rows}
+    (single,) = _run(strong_checkpoint, tmp_path / "one", 1, **settings)
+    ranks = _run(strong_checkpoint, tmp_path / "two", 2, **settings)
+    assert ranks[0]["metrics"]["eval_nll"] == ranks[1]["metrics"]["eval_nll"]
+    for name in ("eval_nll", "eval_ppl"):
+        # float32 logits of differently shaped batches; a row counted twice would move the mean by per cents.
+        assert ranks[0]["metrics"][name] == pytest.approx(single["metrics"][name], rel=1e-4), name
