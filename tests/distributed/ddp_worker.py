@@ -49,6 +49,7 @@ def main() -> None:
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "weights": {name: value.double().sum().item() for name, value in model.state_dict().items()},
         "written": [flat.double().sum().item() for flat in written],
+        "mem_change": [entry["mem_change"] for entry in trainer.state.log_history if "mem_change" in entry],
         "metrics": {name: value for name, value in metrics.items() if name.startswith("eval_")},
         "eval_nll": metrics["eval_nll"],
     }

@@ -96,11 +96,10 @@ def test_synchronised_fast_weights_are_those_of_one_process_on_the_global_batch(
     untouched = SETTINGS["max_steps"]
     for one, two, expected in zip(first[:untouched], second[:untouched], alone[:untouched], strict=True):
         assert torch.equal(one, two)
-        # float32; two halves are averaged instead of one batch summed. 1e-5 of phi is far below what a write moves it.
+        # float32; two halves are averaged instead of one batch summed. A write moves phi by a hundred times more.
         assert float((one - expected).norm()) < 1e-5 * float(expected.norm())
+    assert min(single["mem_change"]) > 1e-3 * float(alone[0].norm())
     assert ranks[0]["losses"] == pytest.approx(single["losses"], rel=1e-5)
-    # A, drawn anew in each step, is the same on one process and on two; what was written is not lost in it.
-    assert not torch.equal(alone[0], alone[1])
 
     # Evaluation: each rank writes from its own rows (3 a batch: rank 0 gets rows 0-2 and 6-8, rank 1 rows 3-5 and 9),
     # to the memories that one process writes from the same rows.
@@ -111,7 +110,7 @@ def test_synchronised_fast_weights_are_those_of_one_process_on_the_global_batch(
         assert float((phi - expected).norm()) < 1e-5 * float(expected.norm())
 
 
-@pytest.mark.parametrize("num_rows", [10, 11, 4])
+@pytest.mark.parametrize("num_rows", [10, 4])
 def test_repeated_rows_of_an_uneven_evaluation_do_not_count(strong_checkpoint, tmp_path, num_rows: int) -> None:
     settings = {"max_steps": 1, "learning_rate": 0.0, "per_device_train_batch_size": 2, "num_eval_rows": num_rows}
     (single,) = _run(strong_checkpoint, tmp_path / "one", 1, **settings)
