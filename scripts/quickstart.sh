@@ -10,4 +10,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 ensure_env
 
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# A second thread gains little on matrices this small, and loses ten times that while another program uses the core.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec "$VENV_PYTHON" scripts/quickstart.py "$@"
