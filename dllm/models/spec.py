@@ -140,9 +140,11 @@ def spec_of(model: PreTrainedModel) -> ModelSpec:
     Raises:
         ValueError: it belongs to none.
     """
-    for spec in _SPECS.values():
-        if isinstance(model, (spec.model_class, spec.backbone_class)):
-            return spec
+    # From the model's own class upwards: a family may build on the classes of another.
+    for cls in type(model).__mro__:
+        for spec in _SPECS.values():
+            if cls in (spec.model_class, spec.backbone_class):
+                return spec
     raise ValueError(f"{type(model).__name__} belongs to no known family: choose from {', '.join(_SPECS)}")
 
 
