@@ -98,7 +98,7 @@ def draw_losses(folder: pathlib.Path) -> None:
     losses.legend()
     gap.plot(steps, [entry["memory_gap"] for entry in logs["MemDLM"]], "o", markersize=3)
     gap.axhline(0, color="grey", linewidth=0.8)
-    gap.set(xlabel="optimizer step", title="MemDLM: loss of a batch without its memory, minus with it")
+    gap.set(xlabel="optimizer step", ylabel="loss without memory - loss with it", title="MemDLM: memory gap of a batch")
     figure.savefig(folder / "loss.png", dpi=120)
 
 
