@@ -50,16 +50,15 @@ class MemDLMConfig(MDLMConfig, _MemoryFlags):  # pyright: ignore[reportGeneralTy
 
 
 class MemDLMTrainer(MDLMTrainer):
-    """`MDLMTrainer` that writes fast weights from each batch and takes the loss with them in place (MemDLM, arXiv
-    2603.22241).
+    """`MDLMTrainer` that writes fast weights from each batch and takes the loss with them (MemDLM, arXiv 2603.22241).
 
     With `mem_enabled` false it is `MDLMTrainer`, bit for bit. Overrides
         forward_loss_positions  the forward writes the memory at the split point
         training_step           the memory stays in place until after backward
         prediction_step         adds `eval_memory_loss`; `eval_loss` stays the loss without memory
     and logs, at every logging step, the losses of its batches with and without memory, their gap, and what the inner
-    loop did. The loss with
-    memory is conditioned on the very labels that it asks for: it is no evidence of learning (docs/memory.md).
+    loop did. The loss with memory is conditioned on the very labels that it asks for: it is no evidence of learning
+    (docs/memory.md).
 
     Raises:
         InputError: torch.compile, FSDP or ZeRO-3 together with memory, or the errors of `ParametricMemory`.
