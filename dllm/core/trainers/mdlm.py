@@ -81,8 +81,8 @@ class MDLMTrainer(transformers.Trainer):
             process, or a Trainer option that could not take effect.
     """
 
-    # compute_loss returns the mean over its own batch, so Trainer must divide by gradient_accumulation_steps.
-    # transformers < 5.20 looks at the second flag, later versions at the first.
+    # compute_loss returns the mean over its own batch, so Trainer must divide by gradient_accumulation_steps. Which of
+    # the two flags it looks at depends on the version of transformers.
     loss_is_scaled_for_ga = False
     model_accepts_loss_kwargs = False
 
