@@ -75,3 +75,11 @@ def normalise(
     """
     per_row = row_weights * normaliser(counts, norm_type).to(row_weights.dtype)  # [B]
     return (nll * per_row[positions // length]).sum()
+
+
+def row_sums(nll: torch.Tensor, positions: torch.Tensor, length: int, row_weights: torch.Tensor) -> torch.Tensor:
+    """Weighted sum of each row's terms, in the dtype of the weights, [B]: row_weights[b] * sum of nll_i over row b.
+
+    With the schedule's weights, an estimate of each row's negative log-likelihood in nats. Arguments as in `normalise`.
+    """
+    return torch.zeros_like(row_weights).index_add(0, positions // length, nll.to(row_weights.dtype)) * row_weights

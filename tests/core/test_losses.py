@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from dllm.core.losses import loss_weights, normalise, normaliser, token_nll
+from dllm.core.losses import loss_weights, normalise, normaliser, row_sums, token_nll
 from dllm.core.schedulers import LinearAlphaScheduler
 
 ROWS, LENGTH, VOCABULARY = 3, 7, 11
@@ -48,6 +48,19 @@ def test_loss_equals_naive_sums(norm_type: str, weight_type: str) -> None:
     loss = normalise(nll, positions, LENGTH, weights, maskable.sum(dim=1).double(), norm_type)
     # float64 on both sides: only the order of the sums differs.
     assert float(loss) == pytest.approx(_naive(norm_type, weight_type), rel=1e-12)
+
+
+def test_row_sums_equal_a_loop() -> None:
+    logits, ids, _, masked, t = _batch()
+    positions = masked.reshape(-1).nonzero()[:, 0]
+    nll = token_nll(logits.reshape(-1, VOCABULARY)[positions], ids.reshape(-1)[positions])
+    weights = loss_weights(t, LinearAlphaScheduler(), "scheduler")
+    naive = [
+        sum(float(nll[i]) * float(weights[b]) for i, p in enumerate(positions.tolist()) if p // LENGTH == b)
+        for b in range(ROWS)
+    ]
+    # float64 on both sides: only the order of the sums differs.
+    assert row_sums(nll, positions, LENGTH, weights).tolist() == pytest.approx(naive, rel=1e-12)
 
 
 def test_token_nll_is_computed_in_float32_for_bfloat16_logits() -> None:

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch.utils.data import Dataset, IterableDataset
 
-from dllm.core.losses import NormType, WeightType, loss_weights, normalise, token_nll
+from dllm.core.losses import NormType, WeightType, loss_weights, normalise, row_sums, token_nll
 from dllm.core.schedulers import BaseAlphaScheduler, get_alpha_scheduler_class, make_alpha_scheduler
 from dllm.core.trainers.meters import (
     NLLMetric,
@@ -64,8 +64,11 @@ class MDLMTrainer(transformers.Trainer):
     """Trains a masked-diffusion LM: mask with t ~ U(eps, 1), predict the masked tokens, weigh by w(t) (arXiv
     2502.09992, equation 3).
 
-    Overrides `compute_loss` (the objective, on the collator's masks, head on masked positions only) and
-    `prediction_step`.
+    Overrides
+        compute_loss                             the objective, on the collator's masks, head on masked positions only
+        prediction_step, evaluation_loop         likelihood and perplexity over all ranks
+        get_eval_dataloader, get_test_dataloader masks that do not change between evaluations
+        training_step, log                       empty batches, seconds per step and peak memory in the log
 
     Args:
         model: a model of `dllm.models`, also PEFT-wrapped.
@@ -162,9 +165,8 @@ class MDLMTrainer(transformers.Trainer):
         """
         positions = inputs["loss_positions"]
         nll = token_nll(logits, inputs["input_ids"].reshape(-1)[positions])
-        rows = positions // inputs["input_ids"].shape[1]
-        weights = self.scheduler_alpha.weight(inputs["t"])
-        return torch.zeros_like(weights).index_add(0, rows, nll.to(weights.dtype) * weights[rows])
+        weights = loss_weights(inputs["t"], self.scheduler_alpha, "scheduler")
+        return row_sums(nll, positions, inputs["input_ids"].shape[1], weights)
 
     def compute_loss(self, model, inputs: Batch, return_outputs: bool = False, num_items_in_batch=None):
         """Masked-diffusion loss of a collated batch; with nothing maskable it is 0, and the log counts such batches."""
