@@ -4,13 +4,13 @@ Everything runs through the commands that a user would type; each is printed. Re
 folder given.
 """
 
-import argparse
 import json
 import pathlib
 import shlex
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 
 import matplotlib
 import torch
@@ -29,6 +29,20 @@ MAX_LENGTH = 256  # tokens; longer rows are dropped
 SIZES = {"hidden_size": 128, "num_experts": 4, "expert_intermediate_size": 96}
 RUNS = {"MDLM": "plain", "MemDLM": "memory"}
 console = Console()
+
+
+@dataclass
+class Options:
+    """Sizes of the quickstart."""
+
+    steps: int = field(default=300, metadata={"help": "Optimizer steps of each run, at least 10."})
+    num_train: int = field(default=2000, metadata={"help": "Training rows, at least 1."})
+    num_test: int = field(default=48, metadata={"help": "Held-out rows, at least 1."})
+    output_dir: str = field(default="runs/quickstart", metadata={"help": "Folder of the results."})
+
+    def __post_init__(self) -> None:
+        if self.steps < 10 or self.num_train < 1 or self.num_test < 1:
+            raise utils.InputError("--steps must be at least 10 (one log entry), --num_train and --num_test at least 1")
 
 
 def run(*words: str) -> None:
@@ -150,13 +164,8 @@ def print_table(rows: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each run")
-    parser.add_argument("--num_train", type=int, default=2000, help="training rows")
-    parser.add_argument("--num_test", type=int, default=48, help="held-out rows")
-    parser.add_argument("--output_dir", type=pathlib.Path, default=pathlib.Path("runs/quickstart"), help="results")
-    options = parser.parse_args()
-    folder = options.output_dir
+    (options,) = utils.parse_args(Options)
+    folder = pathlib.Path(options.output_dir)
     began = time.perf_counter()
     if folder.exists():
         kept = folder.with_name(f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}")
