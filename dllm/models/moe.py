@@ -1,6 +1,6 @@
 """Mixture of experts: router, experts, dispatch and the load-balancing loss.
 
-Shapes: T tokens (rows times positions), D hidden, E experts, k chosen experts per token, F expert width.
+Shapes: B rows, L positions, T = B * L tokens, D hidden, E experts, k chosen experts per token, F expert width.
 """
 
 from __future__ import annotations
@@ -49,32 +49,69 @@ class Router(nn.Module):
         return F.linear(x, self.weight)
 
 
-def run_experts(experts: nn.ModuleList, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+def run_experts(
+    experts: nn.ModuleList, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, rows: int | None = None
+) -> torch.Tensor:
     """y_i = sum_j weights[i, j] * experts[chosen[i, j]](x_i), [T, D], in the dtype of `x`.
 
     Tokens are sorted by expert, every expert gets one contiguous chunk, and the results are gathered back: no
     scatter-add, so the sum has one order. The device is waited for once (the chunk sizes).
 
     Args:
-        experts: E modules [n, D] -> [n, D].
+        experts: E modules [n, D] -> [n, D]; with `rows` [B, n, D] -> [B, n, D].
         x: tokens [T, D].
         weights: mixing weights [T, k].
         chosen: expert indices, int64 [T, k].
+        rows: B, where token i is of row i // (T / B). Row b of an expert's chunk then holds its tokens of row b in
+            their order and zeros behind them, n being its most tokens in one row. None: chunks without a row axis
+            and without padding.
+
+    Raises:
+        ValueError: the rows cannot have equally many tokens.
     """
-    top_k = chosen.shape[1]
-    flat = chosen.flatten()  # [T * k]
-    order = flat.argsort(stable=True)
-    ends = torch.searchsorted(flat[order], torch.arange(len(experts), device=x.device), right=True)
-    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    chunks = x[order // top_k].split(sizes)
+    num_tokens, top_k = chosen.shape
+    num_rows = 1 if rows is None else rows
+    if num_tokens % num_rows:
+        raise ValueError(f"{num_tokens} tokens are not {num_rows} rows of one length")
+    bins = chosen.flatten()  # [T * k], the expert, or the expert and row: expert * B + row
+    if rows is not None:
+        bins = bins * rows + torch.arange(len(bins), device=x.device) // (len(bins) // rows)
+    order = bins.argsort(stable=True)
+    place = order.argsort()  # [T * k], where each token goes for each of its experts
+    ends = torch.searchsorted(bins[order], torch.arange(len(experts) * num_rows, device=x.device), right=True)
+    sizes = ends.diff(prepend=ends.new_zeros(1))  # [E * B]
+    caps = sizes.view(-1, num_rows).amax(1)  # [E], n of every expert
+    lengths = caps.tolist()
+    if rows is None:
+        chunks = x[order // top_k].split(lengths)
+    else:
+        widths = caps.repeat_interleave(rows)
+        place = place + (widths.cumsum(0) - widths - (ends - sizes))[bins]
+        # A copy to distinct places: its backward is a gather, where gathering one zero row for all the padding would
+        # add up as many gradients in that row.
+        padded = x.new_zeros(rows * sum(lengths), x.shape[1]).index_copy(0, place, x.repeat_interleave(top_k, 0))
+        chunks = padded.split([rows * length for length in lengths])
+        chunks = [chunk.view(rows, n, x.shape[1]) for chunk, n in zip(chunks, lengths, strict=True)]
     # Under gradients the empty experts run too: DDP waits for a gradient of every parameter.
     keep_empty = torch.is_grad_enabled()
-    parts = [expert(chunk) for expert, chunk in zip(experts, chunks, strict=True) if keep_empty or len(chunk)]
-    gathered = torch.cat(parts)[order.argsort()].view(*chosen.shape, -1)  # [T, k, D]
+    parts = [expert(chunk) for expert, chunk in zip(experts, chunks, strict=True) if keep_empty or chunk.numel()]
+    gathered = torch.cat([part.flatten(0, -2) for part in parts])[place].view(*chosen.shape, -1)  # [T, k, D]
     return (gathered * weights.to(gathered.dtype)[..., None]).sum(1).to(x.dtype)
 
 
-class SparseMoE(nn.Module):
+class RoutedExperts(nn.Module):
+    """A block that sends every token of [B, L, D] to some of its experts (see `run_experts`).
+
+    Attributes:
+        by_row: False: an expert sees its tokens of all rows as [n, D]. True: as [B, n, D], with zeros behind the
+            tokens of the shorter rows; set while a memory with one set of weights per row is in place, whose hooks on
+            the experts' linears tell the rows apart by the leading axis.
+    """
+
+    by_row: bool = False
+
+
+class SparseMoE(RoutedExperts):
     """Routed experts of LLaDA-MoE: the top k of p = softmax(x Wg^T) (+ expert_bias), mixed by p, not renormalised.
 
     Args:
@@ -106,7 +143,8 @@ class SparseMoE(nn.Module):
         weights, chosen = scores.topk(self.top_k, dim=-1)  # [T, k]
         if recorder is not None:
             recorder.record(self.layer_idx, logits, chosen)
-        return run_experts(self.experts, x, weights, chosen).view_as(hidden)
+        rows = hidden.shape[0] if self.by_row else None
+        return run_experts(self.experts, x, weights, chosen, rows).view_as(hidden)
 
 
 def load_balancing_loss(

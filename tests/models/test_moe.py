@@ -1,14 +1,17 @@
-"""Mixture of experts against the naive sum, gradients of every parameter, router losses."""
+"""Mixture of experts against the naive sum, experts by row, gradients of every parameter, router losses."""
 
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
 from dllm.models.layers import SwiGLU
-from dllm.models.moe import RouterRecorder, SparseMoE, load_balancing_loss, run_experts
+from dllm.models.moe import RoutedExperts, RouterRecorder, SparseMoE, load_balancing_loss, run_experts
 
 
 def naive(moe: SparseMoE, x: torch.Tensor) -> torch.Tensor:
@@ -52,7 +55,8 @@ def test_gradient_of_the_dispatch():
     assert torch.autograd.gradcheck(moe, (x,))
 
 
-def test_empty_experts_run_only_under_gradients():
+@pytest.mark.parametrize("rows, full, empty", [(None, (4, 2), (0, 2)), (2, (2, 2, 2), (2, 0, 2))])
+def test_empty_experts_run_only_under_gradients(rows, full, empty):
     calls = []
 
     class Counted(nn.Module):
@@ -61,18 +65,150 @@ def test_empty_experts_run_only_under_gradients():
             self.index, self.linear = index, nn.Linear(2, 2)
 
         def forward(self, x):
-            calls.append((self.index, len(x)))
+            calls.append((self.index, tuple(x.shape)))
             return self.linear(x)
 
     experts = nn.ModuleList(Counted(i) for i in range(3))
     x, weights, chosen = torch.randn(4, 2), torch.ones(4, 1), torch.full((4, 1), 1)
     with torch.no_grad():
-        run_experts(experts, x, weights, chosen)
-    assert calls == [(1, 4)]
+        run_experts(experts, x, weights, chosen, rows)
+    assert calls == [(1, full)]
     calls.clear()
-    run_experts(experts, x, weights, chosen).sum().backward()
-    assert calls == [(0, 0), (1, 4), (2, 0)]
+    run_experts(experts, x, weights, chosen, rows).sum().backward()
+    assert calls == [(0, empty), (1, full), (2, empty)]
     assert all(parameter.grad is not None for parameter in experts.parameters())
+
+
+def uneven_choice(rows: int, length: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights, chosen) [rows * length, top_k] for 4 experts: expert 2 has tokens of row 1 alone, expert 3 none."""
+    scores = torch.rand(rows, length, 4, dtype=torch.float64)
+    scores[..., 2:] = 0
+    scores[1, : length // 2, 2] = 2
+    weights, chosen = scores.flatten(0, 1).topk(top_k, dim=-1)
+    return weights, chosen
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_by_row_is_the_default_path(top_k):
+    # Biases make the results at padding non-zero: dropped they count in no value and no gradient.
+    experts = nn.ModuleList(nn.Linear(6, 6) if e % 2 else SwiGLU(6, 4) for e in range(4)).double()
+    x = torch.randn(21, 6, dtype=torch.float64)
+    weights, chosen = uneven_choice(3, 7, top_k)
+    results = []
+    for rows in (None, 3):
+        leaves = [x.clone().requires_grad_(), weights.clone().requires_grad_()]
+        y = run_experts(experts, leaves[0], leaves[1], chosen, rows)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [*leaves, *experts.parameters()])])
+    # Only the order of sums differs.
+    torch.testing.assert_close(results[1], results[0], atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_chunks_by_row_hold_the_tokens_of_the_row_in_order(top_k):
+    chunks = []
+
+    class Recording(nn.Module):
+        def forward(self, x):
+            chunks.append(x)
+            return x + 1  # not zero at padding
+
+    x = torch.randn(21, 6)
+    weights, chosen = uneven_choice(3, 7, top_k)
+    y = run_experts(nn.ModuleList(Recording() for _ in range(4)), x, weights, chosen, rows=3)
+    torch.testing.assert_close(y, (x + 1) * weights.sum(1, keepdim=True).float())
+    for e, chunk in enumerate(chunks):
+        expected = [[x[7 * b + i] for i in range(7) if e in chosen[7 * b + i]] for b in range(3)]
+        longest = max(len(tokens) for tokens in expected)
+        padded = [tokens + [torch.zeros(6)] * (longest - len(tokens)) for tokens in expected]
+        assert chunk.shape == (3, longest, 6)
+        assert all(torch.equal(chunk[b, n], padded[b][n]) for b in range(3) for n in range(longest))
+    assert chunks[2][1].any() and not chunks[2][[0, 2]].any() and chunks[3].numel() == 0
+
+
+def row_weights(moe: SparseMoE, deltas: torch.Tensor) -> None:
+    """Adds deltas [B, F, D] to the gate projections by a hook: row b of the input meets deltas[b]."""
+    for expert in moe.experts:
+        expert.gate_proj.register_forward_hook(lambda _module, args, y: y + args[0] @ deltas.mT)
+
+
+@pytest.mark.parametrize("num_experts, top_k", [(5, 2), (5, 1), (40, 1)])
+def test_rows_with_weights_of_their_own_are_single_rows(num_experts, top_k):
+    moe = make(num_experts, top_k)
+    moe.by_row = True
+    x, deltas = torch.randn(3, 7, 6, dtype=torch.float64), torch.randn(3, 4, 6, dtype=torch.float64)
+    together, alone = copy.deepcopy(moe), [copy.deepcopy(moe) for _ in range(3)]
+    row_weights(together, deltas)
+    for b in range(3):
+        row_weights(alone[b], deltas[b : b + 1])
+    y = together(x)
+    assert not torch.allclose(y, moe(x))
+    torch.testing.assert_close(y, torch.cat([alone[b](x[b : b + 1]) for b in range(3)]), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_block_by_row_is_the_default_block(rows, top_k):
+    moe = make(top_k=top_k, expert_bias=True)
+    assert isinstance(moe, RoutedExperts) and not moe.by_row
+    x = torch.randn(rows, 7, 6, dtype=torch.float64, requires_grad=True)
+    results = []
+    for by_row in (False, True):
+        moe.by_row = by_row
+        y = moe(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *moe.parameters()])])
+    torch.testing.assert_close(results[1], results[0], atol=1e-12, rtol=1e-12)
+
+
+def test_by_row_has_a_gradient_of_the_gradient():
+    moe = make(num_experts=3, top_k=2)
+    moe.by_row = True
+    x = torch.randn(2, 2, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(moe, (x,)) and torch.autograd.gradgradcheck(moe, (x,))
+
+
+def test_by_row_in_bfloat16():
+    moe = make().bfloat16()
+    x = torch.randn(3, 7, 6, dtype=torch.bfloat16)
+    expected = moe(x)
+    moe.by_row = True
+    y = moe(x)
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16 and all(parameter.grad is not None for parameter in moe.parameters())
+    torch.testing.assert_close(y, expected)
+
+
+def test_rows_have_one_length():
+    with pytest.raises(ValueError, match="4 tokens are not 3 rows"):
+        run_experts(nn.ModuleList([nn.Identity()]), torch.ones(4, 2), torch.ones(4, 1), torch.zeros(4, 1).long(), 3)
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_the_device_is_read_once(by_row):
+    reads = []
+
+    class Reads(TorchFunctionMode):
+        """Reads from Python; on the CPU tolist dispatches nothing."""
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func in (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu):
+                reads.append(func)
+            return func(*args, **(kwargs or {}))
+
+    class Waits(TorchDispatchMode):
+        """Operations that read a number (item, bool, int), or whose result's size is in the values."""
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            by_mask = name == "index" and any(index is not None and index.dtype == torch.bool for index in args[1])
+            if by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "repeat_interleave"):
+                reads.append(func)
+            return func(*args, **(kwargs or {}))
+
+    moe = make()
+    moe.by_row = by_row
+    with Reads(), Waits():
+        moe(torch.randn(3, 7, 6, dtype=torch.float64)).sum().backward()
+    assert reads == [torch.Tensor.tolist]
 
 
 def test_every_parameter_gets_a_gradient(make_model):
