@@ -1,0 +1,466 @@
+"""What memory costs: a plain and a MemDLM training step on random weights, in turns, in one process.
+
+    python scripts/bench/training_step.py                                   # a 46 M LLaDA-MoE, one CPU thread
+    python scripts/bench/training_step.py --lora True --mem_num_inner_steps 4
+    python scripts/bench/training_step.py --device cuda --dtype bfloat16
+
+A step is what Trainer does in one: training_step (forward, loss, backward), gradient clipping, AdamW, zero_grad. All
+kinds of step train one model with one optimizer on rows with the same masks; which kind goes first alternates.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, make_dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from dllm import utils
+from dllm.core.losses import loss_weights
+from dllm.core.noising import draw_times, make_generator
+from dllm.core.trainers import MDLMConfig, MDLMTrainer
+from dllm.core.trainers.meters import peak_memory_mib
+from dllm.data.collators import IGNORE_INDEX, Batch
+from dllm.models import ModelSpec, get_spec
+from dllm.models.auto import DTYPES
+from dllm.models.layers import set_dropout
+from dllm.models.lora import LoraSettings, add_lora
+from memdlm import MemDLMConfig, MemDLMTrainer
+from memdlm.memory.config import flag_fields
+
+MAX_GRAD_NORM = 1.0
+TIME_TOLERANCE = 0.005  # rows are chosen whose own draw of t comes this close to --time
+NUM_OBSERVED_STEPS = 3  # instrumented steps of each kind
+NUM_PEAK_STEPS = 3  # steps before peak memory is read
+PLAIN, MEMDLM, FULL_VOCABULARY = "plain", "memdlm", "full-vocabulary plain"
+# Sizes that only one family has, with their defaults.
+FAMILY_SIZES = {
+    "llada_moe": {"num_experts": 8, "num_experts_per_tok": 2, "expert_intermediate_size": 256},
+    "llada": {"mlp_hidden_size": 768},
+}
+# Parts of a step, in order.
+PREFIX, ANCHOR = "pre-anchor prefix", "anchor prefix"
+SUFFIX, OBJECTIVE = "inner suffix, forward and backward", "inner head and objective, forward and backward"
+OUTER_FORWARD, FORWARD = "outer suffix, head and loss", "forward and loss"
+BACKWARD, OPTIMIZER, OTHER = "outer backward", "clip, optimizer, zero_grad", "other"
+PARTS = {
+    PLAIN: (FORWARD, BACKWARD, OPTIMIZER, OTHER),
+    MEMDLM: (PREFIX, ANCHOR, SUFFIX, OBJECTIVE, OUTER_FORWARD, BACKWARD, OPTIMIZER, OTHER),
+}
+
+# Memory is always on here, so the switch is no flag.
+MemoryFlags = make_dataclass("MemoryFlags", [flag for flag in flag_fields() if flag[0] != "mem_enabled"])
+console = Console()
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Options:
+    """The model, the batch and the measurement; the settings of the memory are flags of their own (`--mem_*`)."""
+
+    family: Literal["llada_moe", "llada"] = _option("llada_moe", "Family of the model.")
+    hidden_size: int = _option(256, "Width of the hidden states, a multiple of 2 * num_heads.")
+    num_layers: int = _option(16, "Number of layers, at least 1.")
+    num_heads: int = _option(8, "Attention heads, at least 1.")
+    num_experts: int | None = _option(None, "Experts of a layer, at least 1. None: 8 (llada_moe).")
+    num_experts_per_tok: int | None = _option(None, "Experts of a token, at least 1. None: 2 (llada_moe).")
+    expert_intermediate_size: int | None = _option(None, "Width of an expert, at least 1. None: 256 (llada_moe).")
+    mlp_hidden_size: int | None = _option(None, "Width of the feed-forward part, at least 1. None: 768 (llada).")
+    vocab_size: int = _option(32000, "Tokens, special ones included, at least 16.")
+    batch_size: int = _option(2, "Rows, at least 1.")
+    length: int = _option(512, "Tokens of a row.")
+    prompt_length: int = _option(256, "Tokens of a row without label, at least 0 and below length.")
+    time: float = _option(0.5, f"Diffusion time t of every row (within {TIME_TOLERANCE}), in [0.01, 0.99].")
+    lora: bool = _option(False, "Train LoRA (r 32, alpha 64, every linear of the layers) instead of all weights.")
+    gradient_checkpointing: bool = _option(False, "Recompute activations in backward.")
+    device: Literal["cpu", "cuda"] = _option("cpu", "Where to run.")
+    dtype: Literal["float32", "bfloat16"] = _option("float32", "Type of the weights.")
+    threads: int = _option(1, "CPU threads, at least 1.")
+    rounds: int = _option(10, "Timed rounds (a step of each kind), at least 1.")
+    warmup_rounds: int = _option(2, "Rounds before them that do not count, at least 0.")
+    seed: int = _option(0, "Seed of weights, tokens and masks, at least 0.")
+    compare_full_vocabulary: bool = _option(
+        False, "Also time a plain step with logits and cross-entropy at all positions, masked afterwards."
+    )
+    peak_memory: bool = _option(True, "Also measure peak memory (on a CPU in two fresh processes).")
+    json: str | None = _option(None, "File for all numbers. None: they are only printed.")
+    peak_memory_of: Literal["plain", "memdlm"] | None = _option(
+        None, "Only print the peak memory of a process that takes three such steps (the script calls itself so)."
+    )
+
+    def __post_init__(self) -> None:
+        for family, sizes in FAMILY_SIZES.items():
+            for name, default in sizes.items():
+                if family == self.family and getattr(self, name) is None:
+                    setattr(self, name, default)
+                elif family != self.family and getattr(self, name) is not None:
+                    raise utils.InputError(f"--{name} has no effect with --family {self.family}: drop it")
+        least = {"vocab_size": 16, "prompt_length": 0, "warmup_rounds": 0, "seed": 0}
+        for name, value in asdict(self).items():
+            if type(value) is int and value < least.get(name, 1):
+                raise utils.InputError(f"--{name} must be at least {least.get(name, 1)}, got {value}")
+        if self.hidden_size % (2 * self.num_heads):
+            raise utils.InputError(f"--hidden_size must be a multiple of {2 * self.num_heads} (2 * num_heads)")
+        if (self.num_experts_per_tok or 0) > (self.num_experts or 0):
+            raise utils.InputError(f"--num_experts_per_tok must be at most --num_experts {self.num_experts}")
+        if self.prompt_length >= self.length:
+            raise utils.InputError(f"--prompt_length must be below --length {self.length}, got {self.prompt_length}")
+        if not 0.01 <= self.time <= 0.99:
+            raise utils.InputError(f"--time must lie in [0.01, 0.99], got {self.time}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise utils.InputError("torch finds no CUDA device: use --device cpu")
+
+
+class FullVocabularyTrainer(MDLMTrainer):
+    """The plain step as public code does it: logits and cross-entropy at every position, masked afterwards."""
+
+    def loss_and_outputs(self, model, inputs: Batch):
+        """The loss of MDLMTrainer (token normaliser), without picking the masked positions before the head."""
+        outputs = model(input_ids=inputs["noised_ids"], attention_mask=inputs.get("attention_mask"))
+        nll = F.cross_entropy(outputs.logits.transpose(1, 2), inputs["input_ids"], reduction="none")  # [B, L]
+        weights = loss_weights(inputs["t"], self.scheduler_alpha, self.args.loss_weight_type)
+        nll = torch.where(inputs["is_masked"], nll * weights[:, None], torch.zeros_like(nll))
+        return nll.sum() / inputs["num_maskable"].sum(), outputs
+
+
+class Bench:
+    """One model and one optimizer, a trainer of each kind and its batch."""
+
+    def __init__(self, options: Options, memory_flags: dict[str, Any], folder: str) -> None:
+        spec = get_spec(options.family)
+        common: dict[str, Any] = {
+            "output_dir": folder,
+            "use_cpu": options.device == "cpu",
+            "seed": options.seed,
+            "logging_strategy": "no",
+            "save_strategy": "no",
+        }
+        kinds: dict[str, tuple[type[MDLMTrainer], MDLMConfig]] = {
+            PLAIN: (MDLMTrainer, MDLMConfig(**common)),
+            MEMDLM: (MemDLMTrainer, MemDLMConfig(**common, mem_enabled=True, **memory_flags)),
+        }
+        if options.compare_full_vocabulary:
+            kinds[FULL_VOCABULARY] = (FullVocabularyTrainer, MDLMConfig(**common))
+        tokenizer = make_tokenizer(spec)
+        self.model = make_model(options, spec)
+        self.trainers = {
+            kind: trainer_class(model=self.model, args=args, processing_class=tokenizer)
+            for kind, (trainer_class, args) in kinds.items()
+        }
+        for trainer in self.trainers.values():
+            trainer.current_gradient_accumulation_steps = 1  # train() sets it
+        if options.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(kinds[PLAIN][1].gradient_checkpointing_kwargs)
+        rows = make_rows(options, self.trainers[PLAIN], first_token=len(tokenizer))
+        self.batches = {kind: trainer.data_collator(rows) for kind, trainer in self.trainers.items()}
+        self.device = kinds[PLAIN][1].device
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = self.trainers[PLAIN].create_optimizer()
+
+    def step(self, kind: str, before_optimizer: Callable[[], None] = lambda: None) -> torch.Tensor:
+        """One optimizer step of a kind; the loss, on the device."""
+        loss = self.trainers[kind].training_step(self.model, dict(self.batches[kind]))
+        before_optimizer()
+        torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
+
+    def synchronize(self) -> None:
+        """Waits for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def make_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
+    """The special tokens of the family and nothing else: the rows are made of random ids behind them."""
+    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(spec.special_tokens)}))
+    return PreTrainedTokenizerFast(tokenizer_object=core, mask_token=spec.mask_token, pad_token=spec.pad_token)
+
+
+def make_model(options: Options, spec: ModelSpec) -> Any:
+    """Random weights, with LoRA if asked for, without dropout."""
+    sizes = {name: getattr(options, name) for name in FAMILY_SIZES[options.family]}
+    config = spec.config_class(
+        vocab_size=options.vocab_size,
+        hidden_size=options.hidden_size,
+        num_hidden_layers=options.num_layers,
+        num_attention_heads=options.num_heads,
+        **sizes,
+    )
+    torch.manual_seed(options.seed)
+    model = spec.model_class(config).to(DTYPES[options.dtype])
+    set_dropout(model, 0.0)
+    return add_lora(model, LoraSettings(r=32, alpha=64, dropout=0.0), options.seed) if options.lora else model
+
+
+def make_rows(options: Options, trainer: MDLMTrainer, first_token: int) -> list[Batch]:
+    """Rows of random tokens; their ids are such that the collator draws a t near `options.time` for each."""
+    collator: Any = trainer.data_collator
+    generator = make_generator(options.seed, "rows")
+    rows: list[Batch] = []
+    for example_id in itertools.count():
+        draws = collator.row_generators(torch.tensor([example_id]), "outer")
+        if abs(float(draw_times(draws, collator.time_epsilon)) - options.time) > TIME_TOLERANCE:
+            continue
+        tokens = torch.randint(first_token, options.vocab_size, (options.length,), generator=generator).tolist()
+        labels = [IGNORE_INDEX] * options.prompt_length + tokens[options.prompt_length :]
+        rows.append({"input_ids": tokens, "labels": labels, "example_id": example_id})
+        if len(rows) == options.batch_size:
+            break
+    return rows
+
+
+def time_steps(bench: Bench, rounds: int, warmup_rounds: int) -> dict[str, dict[str, list[float]]]:
+    """{"seconds", "cpu_seconds" (of the whole process) and "losses": {kind: one value per round}}.
+
+    Raises:
+        RuntimeError: a loss is not finite.
+    """
+    names = ("seconds", "cpu_seconds", "losses")
+    found: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in bench.trainers} for name in names}
+    for number in range(-warmup_rounds, rounds):
+        for kind in list(bench.trainers)[:: 1 if number % 2 else -1]:
+            bench.synchronize()
+            began, cpu_began = time.perf_counter(), time.process_time()
+            loss = bench.step(kind)
+            bench.synchronize()
+            values = (time.perf_counter() - began, time.process_time() - cpu_began, float(loss))
+            if not math.isfinite(values[-1]):
+                raise RuntimeError(f"the loss of the {kind} step is {values[-1]}")
+            if number >= 0:
+                for name, value in zip(names, values, strict=True):
+                    found[name][kind].append(value)
+    return found
+
+
+class PartClock:
+    """Adds up seconds by part: what runs after `mark(part)` belongs to that part until the next mark."""
+
+    def __init__(self, parts: Sequence[str], synchronize: Callable[[], None]) -> None:
+        self.seconds = dict.fromkeys(parts, 0.0)
+        self._synchronize = synchronize
+        self._part, self._since = "", 0.0
+
+    def mark(self, part: str) -> None:
+        """From here on, time is spent on `part`; an empty name stops the clock."""
+        self._synchronize()
+        now = time.perf_counter()
+        if self._part:
+            self.seconds[self._part] += now - self._since
+        self._part, self._since = part, now
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """`owner.name` is `value` inside the block; afterwards the method of its class again."""
+    owner.__dict__[name] = value
+    try:
+        yield
+    finally:
+        del owner.__dict__[name]
+
+
+@contextlib.contextmanager
+def marking(trainer: MDLMTrainer, clock: PartClock) -> Iterator[None]:
+    """Steps of `trainer` inside the block tell `clock` which part they are in."""
+    memory = trainer.memory if isinstance(trainer, MemDLMTrainer) else None
+    compute_loss = trainer.compute_loss
+
+    def marked_compute_loss(*args: Any, **kwargs: Any) -> Any:
+        loss = compute_loss(*args, **kwargs)
+        clock.mark(BACKWARD)
+        return loss
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(replaced(trainer, "compute_loss", marked_compute_loss))
+        forward = FORWARD if memory is None else ANCHOR
+        stack.callback(trainer.model.register_forward_pre_hook(lambda *_: clock.mark(forward)).remove)
+        if memory is not None:
+            stack.enter_context(_marking_memory(memory, clock))
+        yield
+
+
+@contextlib.contextmanager
+def _marking_memory(memory: Any, clock: PartClock) -> Iterator[None]:
+    """The inner loop puts a leaf in place, gets its hidden states, differentiates the objective and then the layers;
+    at the end it puts a constant in place, with which the outer forward goes on."""
+    prefixes, hidden_at, put = memory.prefixes, memory.hidden_at, memory.fast.set
+
+    def marked_prefixes(*args: Any, **kwargs: Any) -> Any:
+        clock.mark(PREFIX)
+        result = prefixes(*args, **kwargs)
+        clock.mark(OTHER)
+        return result
+
+    def marked_hidden_at(*args: Any, **kwargs: Any) -> torch.Tensor:
+        clock.mark(SUFFIX)
+        hidden = hidden_at(*args, **kwargs)
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: clock.mark(SUFFIX))  # the backward of the layers begins
+        clock.mark(OBJECTIVE)
+        return hidden
+
+    def marked_set(flat: torch.Tensor | None) -> None:
+        if flat is not None and flat.requires_grad:
+            clock.mark(OTHER)
+            flat.register_hook(lambda _: clock.mark(OTHER))  # the backward of the layers is done
+        put(flat)
+        if flat is not None and not flat.requires_grad:
+            clock.mark(OUTER_FORWARD)
+
+    with (
+        replaced(memory, "prefixes", marked_prefixes),
+        replaced(memory, "hidden_at", marked_hidden_at),
+        replaced(memory.fast, "set", marked_set),
+    ):
+        yield
+
+
+def observe_parts(bench: Bench, kind: str) -> dict[str, float]:
+    """Seconds of each part of an instrumented step (the one of median length of a few), and "whole"."""
+    steps = []
+    for _ in range(NUM_OBSERVED_STEPS):
+        clock = PartClock(PARTS[kind], bench.synchronize)
+        with marking(bench.trainers[kind], clock):
+            began = time.perf_counter()
+            clock.mark(OTHER)
+            bench.step(kind, before_optimizer=lambda clock=clock: clock.mark(OPTIMIZER))
+            clock.mark("")
+        steps.append({**clock.seconds, "whole": time.perf_counter() - began})
+    return sorted(steps, key=lambda parts: parts["whole"])[NUM_OBSERVED_STEPS // 2]
+
+
+def peak_of(bench: Bench, kind: str) -> float:
+    """Peak memory in MiB of a few steps: of the process on a CPU, of the device on CUDA."""
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(NUM_PEAK_STEPS):
+        bench.step(kind)
+    bench.synchronize()
+    return peak_memory_mib(bench.device)
+
+
+def peaks_of_processes(arguments: list[str]) -> dict[str, float]:
+    """Peak resident memory in MiB of a fresh process for each kind of step."""
+    peaks = {}
+    for kind in (PLAIN, MEMDLM):
+        command = [sys.executable, __file__, *arguments, "--peak_memory_of", kind]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"the process that measures peak memory failed:\n{done.stderr}")
+        peaks[kind] = float(done.stdout.split()[-1])
+    return peaks
+
+
+def describe_machine(bench: Bench) -> dict[str, Any]:
+    """What ran, and on what."""
+    name = "unknown CPU"
+    if bench.device.type == "cuda":
+        name = torch.cuda.get_device_name()
+    elif (info := pathlib.Path("/proc/cpuinfo")).is_file():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        name = names[0] if names else name
+    return {
+        "machine": name,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "parameters": sum(p.numel() for p in bench.model.parameters()),
+        "trained_parameters": sum(p.numel() for p in bench.parameters),
+        "loss_positions": len(bench.batches[PLAIN]["loss_positions"]),
+        "inner_loss_positions": [len(s["loss_positions"]) for s in bench.batches[MEMDLM]["memory_plan"]["steps"]],
+    }
+
+
+def ratios(times: dict[str, list[float]], kind: str) -> dict[str, float]:
+    """Time of `kind` over that of the plain step: of the medians, and the least and the largest of a round."""
+    by_round = [one / plain for one, plain in zip(times[kind], times[PLAIN], strict=True)]
+    of_medians = statistics.median(times[kind]) / statistics.median(times[PLAIN])
+    return {"ratio": of_medians, "smallest": min(by_round), "largest": max(by_round)}
+
+
+def print_times(results: dict[str, Any]) -> None:
+    """Medians of the timed steps."""
+    table = Table("step", title="Seconds per training step")
+    for heading in ("median", "min", "max", "median CPU time"):
+        table.add_column(heading, justify="right")
+    for kind, seconds in results["seconds"].items():
+        values = [statistics.median(seconds), min(seconds), max(seconds)]
+        values.append(statistics.median(results["cpu_seconds"][kind]))
+        table.add_row(kind, *(f"{value:.4f}" for value in values))
+    console.print(table)
+
+
+def print_parts(parts: dict[str, float], kind: str) -> None:
+    """Where the time of an instrumented step goes."""
+    table = Table(f"part of a {kind} step", title="Instrumented step, not among the timed ones")
+    for heading in ("ms", "share"):
+        table.add_column(heading, justify="right")
+    for part, seconds in parts.items():
+        table.add_row(part, f"{1000 * seconds:.1f}", f"{100 * seconds / parts['whole']:.1f} %")
+    console.print(table)
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """Everything, the ratios on lines of their own."""
+    print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in results["machine"].items()))
+    print_times(results)
+    for kind, parts in results["parts"].items():
+        print_parts(parts, kind)
+    for kind, found in results["ratios"].items():
+        print(f"ratio {kind}/plain: {found['ratio']:.2f}")
+        print(f"  of single rounds: {found['smallest']:.2f} to {found['largest']:.2f}")
+    peaks = results["peak_memory_mib"]
+    if peaks is not None:
+        shown = f"plain {peaks[PLAIN]:.0f} MiB, memdlm {peaks[MEMDLM]:.0f} MiB"
+        print(f"peak memory: {shown}, ratio {peaks[MEMDLM] / peaks[PLAIN]:.3f}")
+
+
+def main() -> None:
+    options, memory = utils.parse_args(Options, MemoryFlags)
+    torch.set_num_threads(options.threads)
+    peaks = None
+    if options.peak_memory and options.peak_memory_of is None and options.device == "cpu":
+        # First: a new process starts with the peak of the one that made it.
+        peaks = peaks_of_processes(sys.argv[1:])
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(options, asdict(memory), folder)
+        if options.peak_memory_of is not None:
+            print(peak_of(bench, options.peak_memory_of))
+            return
+        times = time_steps(bench, options.rounds, options.warmup_rounds)
+        results: dict[str, Any] = {
+            "options": {**asdict(options), **asdict(memory)},
+            "machine": describe_machine(bench),
+            **times,
+            "ratios": {kind: ratios(times["seconds"], kind) for kind in bench.trainers if kind != PLAIN},
+            "parts": {kind: observe_parts(bench, kind) for kind in (PLAIN, MEMDLM)},
+        }
+        if options.peak_memory and options.device == "cuda":
+            peaks = {kind: peak_of(bench, kind) for kind in (PLAIN, MEMDLM)}
+    results["peak_memory_mib"] = peaks
+    print_results(results)
+    if options.json is not None:
+        pathlib.Path(options.json).write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    with utils.one_line_errors():
+        main()
