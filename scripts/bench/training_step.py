@@ -8,7 +8,6 @@ A step is what Trainer does in one: training_step (forward, loss, backward), gra
 kinds of step train one model with one optimizer on rows with the same masks; which kind goes first alternates.
 """
 
-import contextlib
 import itertools
 import json
 import math
@@ -18,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, make_dataclass
 from typing import Any, Literal
 
@@ -26,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
+from step_parts import OPTIMIZER, OTHER, PARTS, PartClock, marking
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -52,16 +52,6 @@ FAMILY_SIZES = {
     "llada_moe": {"num_experts": 8, "num_experts_per_tok": 2, "expert_intermediate_size": 256},
     "llada": {"mlp_hidden_size": 768},
 }
-# Parts of a step, in order.
-PREFIX, ANCHOR = "pre-anchor prefix", "anchor prefix"
-SUFFIX, OBJECTIVE = "inner suffix, forward and backward", "inner head and objective, forward and backward"
-OUTER_FORWARD, FORWARD = "outer suffix, head and loss", "forward and loss"
-BACKWARD, OPTIMIZER, OTHER = "outer backward", "clip, optimizer, zero_grad", "other"
-PARTS = {
-    PLAIN: (FORWARD, BACKWARD, OPTIMIZER, OTHER),
-    MEMDLM: (PREFIX, ANCHOR, SUFFIX, OBJECTIVE, OUTER_FORWARD, BACKWARD, OPTIMIZER, OTHER),
-}
-
 # Memory is always on here, so the switch is no flag.
 MemoryFlags = make_dataclass("MemoryFlags", [flag for flag in flag_fields() if flag[0] != "mem_enabled"])
 console = Console()
@@ -249,89 +239,6 @@ def time_steps(bench: Bench, rounds: int, warmup_rounds: int) -> dict[str, dict[
                 for name, value in zip(names, values, strict=True):
                     found[name][kind].append(value)
     return found
-
-
-class PartClock:
-    """Adds up seconds by part: what runs after `mark(part)` belongs to that part until the next mark."""
-
-    def __init__(self, parts: Sequence[str], synchronize: Callable[[], None]) -> None:
-        self.seconds = dict.fromkeys(parts, 0.0)
-        self._synchronize = synchronize
-        self._part, self._since = "", 0.0
-
-    def mark(self, part: str) -> None:
-        """From here on, time is spent on `part`; an empty name stops the clock."""
-        self._synchronize()
-        now = time.perf_counter()
-        if self._part:
-            self.seconds[self._part] += now - self._since
-        self._part, self._since = part, now
-
-
-@contextlib.contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """`owner.name` is `value` inside the block; afterwards the method of its class again."""
-    owner.__dict__[name] = value
-    try:
-        yield
-    finally:
-        del owner.__dict__[name]
-
-
-@contextlib.contextmanager
-def marking(trainer: MDLMTrainer, clock: PartClock) -> Iterator[None]:
-    """Steps of `trainer` inside the block tell `clock` which part they are in."""
-    memory = trainer.memory if isinstance(trainer, MemDLMTrainer) else None
-    compute_loss = trainer.compute_loss
-
-    def marked_compute_loss(*args: Any, **kwargs: Any) -> Any:
-        loss = compute_loss(*args, **kwargs)
-        clock.mark(BACKWARD)
-        return loss
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(replaced(trainer, "compute_loss", marked_compute_loss))
-        forward = FORWARD if memory is None else ANCHOR
-        stack.callback(trainer.model.register_forward_pre_hook(lambda *_: clock.mark(forward)).remove)
-        if memory is not None:
-            stack.enter_context(_marking_memory(memory, clock))
-        yield
-
-
-@contextlib.contextmanager
-def _marking_memory(memory: Any, clock: PartClock) -> Iterator[None]:
-    """The inner loop puts a leaf in place, gets its hidden states, differentiates the objective and then the layers;
-    at the end it puts a constant in place, with which the outer forward goes on."""
-    prefixes, hidden_at, put = memory.prefixes, memory.hidden_at, memory.fast.set
-
-    def marked_prefixes(*args: Any, **kwargs: Any) -> Any:
-        clock.mark(PREFIX)
-        result = prefixes(*args, **kwargs)
-        clock.mark(OTHER)
-        return result
-
-    def marked_hidden_at(*args: Any, **kwargs: Any) -> torch.Tensor:
-        clock.mark(SUFFIX)
-        hidden = hidden_at(*args, **kwargs)
-        if hidden.requires_grad:
-            hidden.register_hook(lambda _: clock.mark(SUFFIX))  # the backward of the layers begins
-        clock.mark(OBJECTIVE)
-        return hidden
-
-    def marked_set(flat: torch.Tensor | None) -> None:
-        if flat is not None and flat.requires_grad:
-            clock.mark(OTHER)
-            flat.register_hook(lambda _: clock.mark(OTHER))  # the backward of the layers is done
-        put(flat)
-        if flat is not None and not flat.requires_grad:
-            clock.mark(OUTER_FORWARD)
-
-    with (
-        replaced(memory, "prefixes", marked_prefixes),
-        replaced(memory, "hidden_at", marked_hidden_at),
-        replaced(memory.fast, "set", marked_set),
-    ):
-        yield
 
 
 def observe_parts(bench: Bench, kind: str) -> dict[str, float]:
