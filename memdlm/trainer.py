@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, make_dataclass
 from typing import Any
 
@@ -11,13 +12,13 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import IntervalStrategy
 
 from dllm.core.trainers.mdlm import MDLMConfig, MDLMTrainer
-from dllm.core.trainers.meters import MeanMetric
+from dllm.core.trainers.meters import DeviceTimer, MeanMetric
 from dllm.data.collators import Batch, NoisingCollator
 from dllm.utils.logging import get_default_logger
 from dllm.utils.parsing import InputError
-from memdlm.memory.collator import MemoryCollator, inner_steps
+from memdlm.memory.collator import MemoryCollator, inner_plan
 from memdlm.memory.config import MemoryConfig, flag_fields
-from memdlm.memory.inner_loop import InnerReport
+from memdlm.memory.meters import GapWatch, WriteSums
 from memdlm.memory.parametric import ParametricMemory
 
 logger = get_default_logger(__name__)
@@ -37,16 +38,23 @@ class MemDLMConfig(MDLMConfig, _MemoryFlags):  # pyright: ignore[reportGeneralTy
         changed = [name for name, _, setting in flag_fields() if getattr(self, name) != setting.default]
         if changed and not memory.enabled:
             raise InputError(f"{', '.join(changed)} has no effect without --mem_enabled True")
-        if memory.prompt_mask_ratio != MemoryConfig.prompt_mask_ratio:
-            raise InputError("mem_prompt_mask_ratio has no effect in training with mem_masking_strategy=pmc: drop it")
+        uses_ratio = memory.masking_strategy == "progressive_memory" or memory.inner_target == "prompt"
+        if memory.prompt_mask_ratio != MemoryConfig.prompt_mask_ratio and not uses_ratio:
+            raise InputError(
+                f"mem_prompt_mask_ratio has no effect in training with mem_masking_strategy={memory.masking_strategy} "
+                f"and mem_inner_target={memory.inner_target}: drop it"
+            )
 
     def memory(self) -> MemoryConfig:
         """The memory's settings; in training its loss is weighted and normalised like the outer one.
 
+        Written from the prompt (`mem_inner_target` prompt) it has uniform weights, as at inference.
+
         Raises:
             InputError: see `MemoryConfig`.
         """
-        return MemoryConfig.from_flags(self, loss_weight_type=self.loss_weight_type, loss_norm_type=self.loss_norm_type)
+        weight_type = "uniform" if self.mem_inner_target == "prompt" else self.loss_weight_type
+        return MemoryConfig.from_flags(self, loss_weight_type=weight_type, loss_norm_type=self.loss_norm_type)
 
 
 class MemDLMTrainer(MDLMTrainer):
@@ -82,9 +90,21 @@ class MemDLMTrainer(MDLMTrainer):
             f"memory: {len(fast.targets)} linears from layer {self.memory.start} on, {fast.numel:,} fast weights; "
             "written inside the forward, which shares the layers below"
         )
+        if self.memory_config.scope == "row" and self.memory_config.inner_target == "response":
+            self._warn(
+                "mem_scope=row with mem_inner_target=response: each row's memory can store the very labels that the "
+                "loss then asks for, and the model may learn nothing; read docs/memory.md, watch loss_without_memory, "
+                "or use mem_scope=batch or mem_inner_target=disjoint"
+            )
         self.eval_metrics.metrics["memory_loss"] = MeanMetric()
-        self._writes = _WriteSums()
+        self._writes = WriteSums()
+        self._gap = GapWatch()
+        self._timer = DeviceTimer(self.args.device)
         self._observed: dict[str, list[torch.Tensor]] = {"loss_with_memory": [], "loss_without_memory": []}
+
+    def _warn(self, message: str) -> None:
+        if self.is_world_process_zero():
+            logger.warning(message)
 
     def _refuse_engines(self) -> None:
         plugin = self.accelerator.state.dynamo_plugin
@@ -109,18 +129,18 @@ class MemDLMTrainer(MDLMTrainer):
         """As in `MDLMTrainer`; with memory attached the forward writes it at the split point."""
         if self.memory is None or not self.memory.fast.is_attached:
             return super().forward_loss_positions(model, inputs)
-        steps = inner_steps(inputs)
-        # A block of its own: weights that autocast copies here, without gradients, must not reach the forward below.
-        with self.accelerator.autocast():
-            prefixes = self.memory.prefixes(steps, inputs.get("attention_mask"))
+        plan = inner_plan(inputs)
         training = model.training
         observed = training and self._logs_this_step
+        self.memory.timer = self._timer if training else contextlib.nullcontext()
+        # A block of its own: weights that autocast copies here, without gradients, must not reach the forward below.
+        with self.accelerator.autocast():
+            prefixes = self.memory.prefixes(plan)
         seed_parts = ("train", self.state.global_step) if training else ("eval",)
         with self.memory.writing(
-            steps,
+            plan,
             prefixes,
-            inputs["input_ids"],
-            initial=self.memory.initial(*seed_parts),
+            self.memory.initial(plan, *seed_parts),
             reduce_gradient=self._average if training and self._sync_inner else None,
             before_write=self._observe_loss_without_memory(inputs) if observed else None,
         ):
@@ -151,7 +171,8 @@ class MemDLMTrainer(MDLMTrainer):
 
     @property
     def _sync_inner(self) -> bool:
-        return self.memory_config.sync_inner and self.accelerator.num_processes > 1
+        config = self.memory_config
+        return config.sync_inner and config.scope == "batch" and self.accelerator.num_processes > 1
 
     def _average(self, gradient: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(gradient, reduction="mean")  # pyright: ignore[reportReturnType]
@@ -176,46 +197,31 @@ class MemDLMTrainer(MDLMTrainer):
 
         return before_write
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in `MDLMTrainer`; training entries also get both losses and what the inner loop did."""
-        if "loss" in logs and self.memory is not None and self._writes.count:
-            logs.update(self._memory_logs())
-        super().log(logs, start_time)
+    def training_logs(self) -> dict[str, float]:
+        """As in `MDLMTrainer`; also the losses of the logged step's batches with and without memory (means over ranks),
+        their gap (without minus with), the share of the step's time spent on the inner loop, and what the writes since
+        the last call did, on this rank (`WriteSums`)."""
+        logs = super().training_logs()
+        if self.memory is None or not self._writes.count:
+            return logs
+        inner_seconds = self._timer.read()
+        if self.logged_seconds:
+            logs["mem_time_share"] = round(inner_seconds / self.logged_seconds, 4)
+        logs.update(self._observed_losses())
+        logs.update(self._writes.means())
+        self._writes = WriteSums()
+        return logs
 
-    def _memory_logs(self) -> dict[str, float]:
-        """Losses of the logged step's batches with and without memory, and means over the writes since the last log.
-
-        On this rank; the gap is the loss without memory minus the loss with.
-        """
-        values = {}
-        for name, losses in self._observed.items():
-            if losses:
-                values[name] = float(torch.stack(losses).mean())
-                losses.clear()
-        if values:
-            values["memory_gap"] = values["loss_without_memory"] - values["loss_with_memory"]
-        values.update(self._writes.means())
-        self._writes = _WriteSums()
-        return values
-
-
-class _WriteSums:
-    """Sums over the writes since the last log, kept on the device."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.change: torch.Tensor | float = 0.0
-        self.per_step: torch.Tensor | float = 0.0  # [3, S]: inner losses, gradient norms, skipped steps
-
-    def add(self, report: InnerReport) -> None:
-        self.count += 1
-        self.change = self.change + report.change
-        self.per_step = self.per_step + torch.stack([report.losses, report.grad_norms, report.skipped])
-
-    def means(self) -> dict[str, float]:
-        values = {"mem_change": float(self.change) / self.count}
-        assert isinstance(self.per_step, torch.Tensor)
-        names = ("mem_inner_loss", "mem_inner_grad_norm", "mem_inner_skipped")
-        for name, row in zip(names, (self.per_step / self.count).tolist(), strict=True):
-            values.update({f"{name}_{index + 1}": round(value, 6) for index, value in enumerate(row)})
+    def _observed_losses(self) -> dict[str, float]:
+        if not self._observed["loss_with_memory"]:
+            return {}
+        own = torch.stack([torch.stack(losses).mean() for losses in self._observed.values()])
+        for losses in self._observed.values():
+            losses.clear()
+        # Every rank logs at the same steps, so all of them take part.
+        mean: Any = self.accelerator.reduce(own, reduction="mean")
+        values = dict(zip(self._observed, mean.tolist(), strict=True))
+        values["memory_gap"] = values["loss_without_memory"] - values["loss_with_memory"]
+        if self._gap.grows(values["loss_with_memory"], values["loss_without_memory"]):
+            self._warn(GapWatch.MESSAGE)
         return values

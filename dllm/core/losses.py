@@ -16,15 +16,31 @@ WeightType = Literal["scheduler", "uniform"]
 NormType = Literal["token", "sequence", "batch"]
 
 
+# Logits that one chunk of positions may hold: on a CPU the intermediates of a chunk then stay in its cache, on an
+# accelerator they stay small beside the model.
+CPU_CHUNK_LOGITS, DEVICE_CHUNK_LOGITS = 2**20, 2**27
+
+
+def chunk_rows(vocabulary: int, device: torch.device, scale: int = 1) -> int:
+    """How many positions to work on at a time where each has `vocabulary` logits, at least 1; `scale` times as many as
+    the usual chunk holds."""
+    budget = CPU_CHUNK_LOGITS if device.type == "cpu" else DEVICE_CHUNK_LOGITS
+    return max(1, scale * budget // vocabulary)
+
+
 def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """-log softmax(logits)[target] per position, computed in float32: float32 [N].
+
+    A chunk of positions at a time: a float32 copy of all logits would be gigabytes, and the values are the same.
 
     Args:
         logits: [N, V], any floating dtype (float64 stays float64).
         targets: int64 [N].
     """
-    precise = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(precise, targets, reduction="none")
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    rows = chunk_rows(logits.shape[-1], logits.device)
+    chunks = zip(logits.split(rows), targets.split(rows), strict=True)
+    return torch.cat([F.cross_entropy(part.to(wide), target, reduction="none") for part, target in chunks])
 
 
 def loss_weights(t: torch.Tensor, scheduler: BaseAlphaScheduler, weight_type: WeightType) -> torch.Tensor:
@@ -37,17 +53,18 @@ def loss_weights(t: torch.Tensor, scheduler: BaseAlphaScheduler, weight_type: We
 
 
 def normaliser(counts: torch.Tensor, norm_type: NormType) -> torch.Tensor:
-    """Factor that multiplies every term of row b, float64 [B], so that the sum of all terms is the wanted mean.
+    """Factor that multiplies every term of row b, float64 [..., B], so that the sum of all terms is the wanted mean.
 
     With n_b = counts[b]: "token" 1 / sum_b n_b; "sequence" 1 / (n_b * B); "batch" 1 / B. A count of 0 is read as 1:
     such a row has no terms, and the loss stays 0 instead of 0 / 0.
 
     Args:
-        counts: int or float [B]; maskable positions in the outer loss, positions of the loss mask in the inner loss.
+        counts: int or float [..., B], leading dimensions being batches of their own; maskable positions in the outer
+            loss, positions of the loss mask in the inner loss.
     """
-    counts, rows = counts.double(), counts.shape[0]
+    counts, rows = counts.double(), counts.shape[-1]
     if norm_type == "token":
-        return (1 / counts.sum().clamp(min=1)).expand(rows)
+        return (1 / counts.sum(dim=-1, keepdim=True).clamp(min=1)).expand_as(counts)
     if norm_type == "sequence":
         return 1 / (counts.clamp(min=1) * rows)
     if norm_type == "batch":

@@ -100,18 +100,33 @@ class NoisingCollator:
         if self.stream == "train":
             self._epoch.fill_(epoch)
 
+    @property
+    def epoch(self) -> int:
+        """The epoch whose masks are drawn."""
+        return int(self._epoch)
+
     def row_generators(self, example_id: torch.Tensor, purpose: str) -> list[torch.Generator]:
         """One CPU generator per row for `purpose`; two purposes of one row never share draws."""
-        epoch = int(self._epoch)
+        epoch = self.epoch
         return [make_generator(self.seed, self.stream, epoch, int(i), purpose) for i in example_id]
+
+    def find_maskable(self, rows: Sequence[Batch], padded: Batch) -> torch.Tensor:
+        """The positions that may be masked, bool [B, L]: those with a label, if the model has a logit for them.
+
+        Args:
+            rows: what the collator was called with.
+            padded: what `pad` made of them.
+        """
+        maskable = padded["labels"] != IGNORE_INDEX
+        maskable[:, : self.logit_shift] = False
+        return maskable
 
     def __call__(self, rows: Sequence[Batch]) -> Batch:
         example_id = torch.tensor([_example_id(row) for row in rows])
         padded = self.pad([{key: row[key] for key in self.model_keys if key in row} for row in rows])
-        input_ids, labels = padded["input_ids"], padded["labels"]
-        maskable = labels != IGNORE_INDEX  # [B, L]
-        _check_labels(input_ids, labels, maskable, example_id)
-        maskable[:, : self.logit_shift] = False
+        input_ids = padded["input_ids"]
+        _check_labels(input_ids, padded["labels"], example_id)
+        maskable = self.find_maskable(rows, padded)  # [B, L]
 
         generators = self.row_generators(example_id, "outer")
         t = draw_times(generators, self.time_epsilon)
@@ -149,10 +164,8 @@ def _example_id(row: Batch) -> int:
     return row["example_id"]
 
 
-def _check_labels(
-    input_ids: torch.Tensor, labels: torch.Tensor, maskable: torch.Tensor, example_id: torch.Tensor
-) -> None:
-    wrong = (maskable & (labels != input_ids)).any(dim=1)
+def _check_labels(input_ids: torch.Tensor, labels: torch.Tensor, example_id: torch.Tensor) -> None:
+    wrong = ((labels != IGNORE_INDEX) & (labels != input_ids)).any(dim=1)
     if wrong.any():
         raise InputError(
             f"labels differ from input_ids at maskable positions of example {int(example_id[wrong][0])}: a diffusion "

@@ -1,56 +1,80 @@
-"""The collator of memory training: the outer noised batch plus the inner trajectory of every row."""
+"""The collator of memory training: the outer noised batch plus the inner loop's plan."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from dllm.core.noising import draw_noise, flat_positions
+import torch
+
+from dllm.core.noising import derive_seed
 from dllm.data.collators import Batch, NoisingCollator
+from dllm.utils.parsing import InputError
 from memdlm.memory.config import MemoryConfig
-from memdlm.memory.inner_loop import InnerStep
-from memdlm.memory.trajectory import TRAJECTORIES, loss_mask
+from memdlm.memory.plan import PLANS, InnerPlan, Rows
 
 
 class MemoryCollator(NoisingCollator):
-    """A `NoisingCollator` whose batch also holds `memory_steps`: one dict of `InnerStep` fields per state of the
-    trajectory.
+    """A `NoisingCollator` whose batch also holds `memory_plan`: an `InnerPlan` as nested dicts.
 
-    The outer draws are those of `NoisingCollator` to the bit; the trajectory draws from generators of its own.
+    The outer draws are those of `NoisingCollator` to the bit; the plan draws from generators of its own.
 
     Args:
         pad: see `NoisingCollator`.
-        config: trajectory, number of steps and loss-mask mode.
+        config: inner target, trajectory, number of steps, loss-mask mode, padding.
         settings: the other arguments of `NoisingCollator`.
+
+    Raises:
+        InputError: `pad` does not pad on the right, where a setting must know what is padding.
     """
 
     def __init__(self, pad, *, config: MemoryConfig, **settings: Any) -> None:
         super().__init__(pad, **settings)
         self.config = config
 
+    def find_maskable(self, rows: Sequence[Batch], padded: Batch) -> torch.Tensor:
+        """As in `NoisingCollator`, less the padding with `pad_unmask_mode` both."""
+        maskable = super().find_maskable(rows, padded)
+        return maskable & ~self._find_padding(rows, padded) if self.config.pad_unmask_mode == "both" else maskable
+
     def __call__(self, rows: Sequence[Batch]) -> Batch:
         batch = super().__call__(rows)
-        generators = self.row_generators(batch["example_id"], "trajectory")
-        states = TRAJECTORIES[self.config.masking_strategy](
-            batch["input_ids"],
-            batch["maskable"],
-            batch["is_masked"],
-            noise=draw_noise(generators, batch["input_ids"].shape[1]),
-            mask_token_id=self.mask_token_id,
-            config=self.config,
+        example_id = batch["example_id"]
+        plan = PLANS[self.config.inner_target](
+            Rows(
+                input_ids=batch["input_ids"],
+                maskable=batch["maskable"],
+                is_masked=batch["is_masked"],
+                noised_ids=batch["noised_ids"],
+                t=batch["t"],
+                is_padding=self._find_padding(rows, batch),
+                attention_mask=batch.get("attention_mask"),
+                row_seeds=[derive_seed(self.stream, self.epoch, int(example)) for example in example_id],
+                generators=lambda purpose: self.row_generators(example_id, purpose),
+                mask_token_id=self.mask_token_id,
+                logit_shift=self.logit_shift,
+            ),
+            self.config,
         )
-        batch["memory_steps"] = [
-            {
-                "loss_positions": flat_positions(loss_mask(state, self.config.inner_loss_mask_mode)),
-                "t": state.t,
-                "noised_ids": state.noised_ids,
-                "is_anchor": state.is_anchor,
-            }
-            for state in states
-        ]
-        return batch
+        return {**batch, "memory_plan": plan.as_batch()}
+
+    def _find_padding(self, rows: Sequence[Batch], padded: Batch) -> torch.Tensor:
+        """What `pad` added behind each row, bool [B, L]; found by place, since a row
+        may end with the pad token itself."""
+        ids = padded["input_ids"]
+        if self.config.pad_unmask_mode == "none" and self.config.inner_target != "prompt":
+            return torch.zeros_like(ids, dtype=torch.bool)
+        for row, padded_row in zip(rows, ids, strict=True):
+            own = torch.as_tensor(row["input_ids"], dtype=torch.int64)
+            if not torch.equal(padded_row[: len(own)], own):
+                raise InputError(
+                    "mem_pad_unmask_mode and mem_inner_target=prompt need rows padded on the right: the data collator "
+                    f"changed example {row['example_id']}"
+                )
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        return torch.arange(ids.shape[1]) >= lengths[:, None]
 
 
-def inner_steps(batch: Batch) -> list[InnerStep]:
-    """The trajectory of a `MemoryCollator` batch, wherever its tensors have been moved."""
-    return [InnerStep(**step) for step in batch["memory_steps"]]
+def inner_plan(batch: Batch) -> InnerPlan:
+    """The plan of a `MemoryCollator` batch, wherever its tensors have been moved."""
+    return InnerPlan.from_batch(batch["memory_plan"])

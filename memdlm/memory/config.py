@@ -12,6 +12,7 @@ from dllm.core.losses import NormType, WeightType
 from dllm.utils.parsing import InputError
 
 FLAG_PREFIX = "mem_"
+PROGRESSIVE_START_RATIO = 0.8  # share of masked positions in the first state of progressive_memory
 
 MaskingStrategy = Literal["pmc", "progressive_memory_consistent", "progressive_memory", "pre_only", "no_progressive"]
 InnerLossType = Literal["ce", "distill", "distill_reverse", "distill_hidden"]
@@ -26,24 +27,34 @@ class MemoryConfig:
     """Settings of the inner loop (MemDLM, arXiv 2603.22241). Defaults are the published ones for training.
 
     Raises:
-        InputError: a value out of its range, a pair that cannot take effect together, or a setting that is not built
-        yet.
+        InputError: a value out of its range, or a pair that cannot take effect together.
     """
 
     enabled: bool = _setting(False, "Write fast weights from each batch and train the base model with them in place.")
     num_inner_steps: int = _setting(2, "K, states of the inner trajectory, at least 1.")
     num_inner_epochs: int = _setting(1, "How often the trajectory is gone through, at least 1.")
     masking_strategy: MaskingStrategy = _setting(
-        "pmc", "Inner trajectory. pmc (= progressive_memory_consistent) ends at the outer anchor state."
+        "pmc",
+        "Inner trajectory. pmc (= progressive_memory_consistent): K states that end at the outer anchor state; "
+        "pre_only: the first of them alone; no_progressive: the anchor alone; progressive_memory: K states of falling "
+        "mask ratio, not tied to the anchor.",
     )
     mask_ratio_epsilon: float = _setting(1e-3, "Accepted because published scripts pass it; it has no effect.")
     prompt_mask_ratio: float = _setting(
-        0.2, "Share of masked positions in the last state where there is no outer anchor, in (0, 1)."
+        0.2,
+        "Share of masked positions in the last state where there is no outer anchor (inner_target prompt, decoding) or "
+        "the trajectory is not tied to it (progressive_memory), in (0, 1).",
     )
     progressive_consistent_start_scale: float = _setting(
-        1.5, "s: the first pmc state masks s times the anchor's share (at most all), at least 1."
+        1.5,
+        "s: the first state masks s times the anchor's share (at most all), at least 1; with inner_target disjoint "
+        "each state masks 1 - 1/s of the visible positions.",
     )
-    inner_loss_type: InnerLossType = _setting("ce", "Inner objective.")
+    inner_loss_type: InnerLossType = _setting(
+        "ce",
+        "Inner objective: cross-entropy to the true tokens, KL(teacher || student), KL(student || teacher), or the "
+        "distance of the last hidden states; the teacher is the same model on the next state.",
+    )
     distill_temperature: float = _setting(1.0, "Temperature of distill and distill_reverse, above 0.")
     distill_hidden_type: Literal["mse", "cosine"] = _setting("mse", "Distance of distill_hidden.")
     inner_loss_mask_mode: Literal["student_masked", "newly_revealed"] = _setting(
@@ -62,11 +73,15 @@ class MemoryConfig:
     inner_target_modules: str = _setting(
         "gate_proj,up_proj,down_proj", "Roles of the adapted linears, separated by commas."
     )
-    inner_adapter_type: Literal["lora", "full"] = _setting("lora", "Low-rank or dense fast weights.")
+    inner_adapter_type: Literal["lora", "full"] = _setting(
+        "lora", "Low-rank fast weights, or a dense one for every linear."
+    )
     pad_unmask_mode: Literal["none", "inner", "both"] = _setting(
         "none", "Where padding is never masked: nowhere, in the inner loop, or in both loops."
     )
-    sync_inner: bool = _setting(True, "Average the inner gradients over data-parallel ranks.")
+    sync_inner: bool = _setting(
+        True, "Average the inner gradients over data-parallel ranks; rows of scope row have nothing to average."
+    )
     inner_gradient_checkpointing: bool = _setting(
         True,
         "Where the model itself recomputes activations, do so in the inner loop too; false keeps them there.",
@@ -75,7 +90,9 @@ class MemoryConfig:
         "batch", "One set of fast weights for the micro-batch, or one per sequence."
     )
     inner_target: Literal["response", "prompt", "disjoint"] = _setting(
-        "response", "What the fast weights are fitted to."
+        "response",
+        "What the fast weights are fitted to: response = the labels that the outer loss asks for; prompt = the prompt "
+        "alone, as at inference; disjoint = labels that the outer loss does not ask for.",
     )
     clip_kind: Literal["tensor", "global"] = _setting("tensor", "Clip each A and each B on its own, or all together.")
     seed: int = _setting(42, "Seed of the initial fast weights.")
@@ -91,7 +108,6 @@ class MemoryConfig:
             self.masking_strategy = "pmc"
         self._check_choices()
         self._check_ranges()
-        self._check_unbuilt()
         self._check_pairs()
         if self.mask_ratio_epsilon != MemoryConfig.mask_ratio_epsilon:
             warnings.warn("mem_mask_ratio_epsilon has no effect; drop it", stacklevel=3)
@@ -131,33 +147,47 @@ class MemoryConfig:
             if not holds:
                 raise InputError(f"{FLAG_PREFIX}{name} must be {wanted}, got {getattr(self, name)!r}")
 
-    def _check_unbuilt(self) -> None:
-        built = {
-            "masking_strategy": ("pmc",),
-            "inner_loss_type": ("ce",),
-            "inner_adapter_type": ("lora",),
-            "pad_unmask_mode": ("none",),
-            "scope": ("batch",),
-            "inner_target": ("response",),
-        }
-        for name, values in built.items():
-            if getattr(self, name) not in values:
-                raise InputError(
-                    f"{FLAG_PREFIX}{name}={getattr(self, name)} is not available yet: use {' or '.join(values)}"
-                )
-
     def _check_pairs(self) -> None:
         """Settings that cannot take effect beside the others."""
-        for name in ("distill_temperature", "distill_hidden_type"):
-            if getattr(self, name) != getattr(MemoryConfig, name) and self.inner_loss_type == "ce":
-                raise InputError(f"{FLAG_PREFIX}{name} has no effect with {FLAG_PREFIX}inner_loss_type=ce: drop it")
-
-        if self.inner_loss_mask_mode == "newly_revealed" and self.num_inner_steps == 1:
+        ends_without_next = self.masking_strategy == "no_progressive" or (
+            self.masking_strategy != "pre_only" and self.num_inner_steps == 1
+        )
+        one_state = self.masking_strategy in ("pre_only", "no_progressive")
+        # (setting, whether another value than the default could have no effect, the setting that is in its way)
+        rules = (
+            ("distill_temperature", self.inner_loss_type not in ("distill", "distill_reverse"), "inner_loss_type"),
+            ("distill_hidden_type", self.inner_loss_type != "distill_hidden", "inner_loss_type"),
+            ("inner_loss_mask_mode", self.inner_target == "disjoint", "inner_target"),
+            ("inner_loss_mask_mode", ends_without_next and one_state, "masking_strategy"),
+            ("inner_loss_mask_mode", ends_without_next, "num_inner_steps"),
+            ("clip_kind", self.inner_grad_clip == 0, "inner_grad_clip"),
+            ("num_inner_steps", one_state and self.num_inner_steps != 1, "masking_strategy"),
+            (
+                "progressive_consistent_start_scale",
+                self.masking_strategy in ("progressive_memory", "no_progressive"),
+                "masking_strategy",
+            ),
+            ("masking_strategy", self.inner_target == "disjoint", "inner_target"),
+            ("pad_unmask_mode", self.inner_target == "prompt" and self.pad_unmask_mode == "inner", "inner_target"),
+            ("inner_rank", self.inner_adapter_type == "full", "inner_adapter_type"),
+            ("inner_alpha", self.inner_adapter_type == "full", "inner_adapter_type"),
+        )
+        for name, idle, other in rules:
+            if idle and getattr(self, name) != getattr(MemoryConfig, name):
+                raise InputError(
+                    f"{FLAG_PREFIX}{name}={getattr(self, name)} has no effect with "
+                    f"{FLAG_PREFIX}{other}={getattr(self, other)}: drop one of them"
+                )
+        if self.masking_strategy == "progressive_memory" and self.prompt_mask_ratio > PROGRESSIVE_START_RATIO:
             raise InputError(
-                "mem_inner_loss_mask_mode=newly_revealed has no effect with mem_num_inner_steps=1: drop it"
+                f"mem_prompt_mask_ratio={self.prompt_mask_ratio} lies above {PROGRESSIVE_START_RATIO}, where "
+                "mem_masking_strategy=progressive_memory starts: lower it"
             )
-        if self.clip_kind == "global" and self.inner_grad_clip == 0:
-            raise InputError("mem_clip_kind=global has no effect with mem_inner_grad_clip=0 (no clip): drop it")
+        if self.inner_target == "disjoint" and self.progressive_consistent_start_scale == 1:
+            raise InputError(
+                "mem_inner_target=disjoint masks a share of 1 - 1/s: raise mem_progressive_consistent_start_scale "
+                "above 1"
+            )
 
     @property
     def target_roles(self) -> tuple[str, ...]:

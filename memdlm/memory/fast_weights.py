@@ -1,6 +1,6 @@
-"""Fast weights: low-rank matrices that live outside the module tree and are added to linears by forward hooks.
+"""Fast weights: matrices that live outside the module tree and are added to linears by forward hooks.
 
-Shapes: T adapted linears, R rank, P numbers in all fast weights; linear i maps in_i -> out_i features.
+Shapes: B rows, R rank, P numbers in one memory, G memories (1 for scope batch, B for scope row).
 `state_dict()`, `parameters()` and optimizer groups of the model never see them.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,10 @@ from torch import nn
 
 from dllm.core.noising import make_generator
 from dllm.models.backbone import Backbone
+from dllm.models.moe import RoutedExperts
 from dllm.models.spec import ModelSpec
 from dllm.utils.parsing import InputError
+from memdlm.memory.config import MemoryConfig
 
 
 def first_adapted_layer(num_layers: int, fraction: float) -> int:
@@ -54,7 +56,7 @@ def find_targets(backbone: Backbone, spec: ModelSpec, roles: tuple[str, ...], st
         if index < start:
             continue
         for name, module in layer.named_modules():
-            if name.rsplit(".", 1)[-1] in leaves and isinstance(_base_linear(module), nn.Linear):
+            if name.rsplit(".", 1)[-1] in leaves and isinstance(_unwrapped(module), nn.Linear):
                 targets[f"{prefix}.{index}.{name}"] = module
     if not targets:
         raise InputError(
@@ -64,68 +66,147 @@ def find_targets(backbone: Backbone, spec: ModelSpec, roles: tuple[str, ...], st
     return targets
 
 
-def _base_linear(module: nn.Module) -> nn.Module:
-    """The layer under a PEFT adapter; any other module is returned as it is."""
+def base_linear(module: nn.Module) -> nn.Linear:
+    """The linear itself, under a PEFT adapter if there is one."""
+    linear = _unwrapped(module)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-class FastWeights:
-    """LoRA fast weights for a set of linears: y_i = linear_i(x) + (alpha / R) * (x A_i^T) B_i^T while attached and set.
+class LowRank:
+    """y += (alpha / R) * (x A^T) B^T with A [R, in] ~ Kaiming-uniform (a = sqrt 5) and B [out, R] = 0 (LoRA, arXiv
+    2106.09685)."""
 
-    All values are kept as ONE flat float32 tensor [P], in the order A_0, B_0, A_1, B_1, ...: one gradient, one norm
-    kernel per step, one all-reduce. A_i is [R, in_i], B_i is [out_i, R]. They are applied in the dtype of the
-    activation. Unset ("not written") adds nothing: the model is the base model bit for bit.
+    names = ("A", "B")
+
+    def __init__(self, rank: int, alpha: float) -> None:
+        self.rank, self.scale = rank, alpha / rank
+
+    def shapes(self, linear: nn.Linear) -> tuple[tuple[int, int], ...]:
+        """Shapes of A and B."""
+        return (self.rank, linear.in_features), (linear.out_features, self.rank)
+
+    def bounds(self, linear: nn.Linear) -> tuple[float, ...]:
+        """Initial values are U(-bound, bound), for A and B."""
+        return 1 / math.sqrt(linear.in_features), 0.0
+
+    def apply(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """What is added to the linear's output [..., out] for its input `x` [..., in]."""
+        return _product(_product(x, a), b) * self.scale
+
+
+class Dense:
+    """y += x D^T with D [out, in] = 0."""
+
+    names = ("D",)
+
+    def shapes(self, linear: nn.Linear) -> tuple[tuple[int, int], ...]:
+        """Shape of D."""
+        return ((linear.out_features, linear.in_features),)
+
+    def bounds(self, linear: nn.Linear) -> tuple[float, ...]:
+        """D starts at zero."""
+        return (0.0,)
+
+    def apply(self, x: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+        """What is added to the linear's output [..., out] for its input `x` [..., in]."""
+        return _product(x, d)
+
+
+ADAPTERS: dict[str, Callable[[MemoryConfig], LowRank | Dense]] = {
+    "lora": lambda config: LowRank(config.inner_rank, config.inner_alpha),
+    "full": lambda config: Dense(),
+}
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x W^T: [..., in] -> [..., out] for a shared weight [out, in], or [B, n, in] -> [B, n, out] for one per row."""
+    weight = weight.to(x.dtype)
+    return F.linear(x, weight) if weight.dim() == 2 else x @ weight.transpose(1, 2)
+
+
+class FastWeights:
+    """Fast weights of a set of linears: y_i = linear_i(x) + adapter(x) while attached and set.
+
+    The values of one memory are ONE flat float32 row of P numbers, first the first matrix of every linear (A_0, A_1,
+    ...), then the second of every linear (B_0, B_1, ...): one gradient, one norm kernel per step, one all-reduce. With
+    scope "batch" there is one memory for all rows, phi [1, P]; with scope "row" one per sequence, phi [B, P], and
+    linears see inputs whose first dimension is the row (routed experts are switched to that form while a memory is in
+    place). Unset ("not written") adds nothing: the model is the base model bit for bit.
 
     Args:
         targets: name -> linear (plain, quantised or PEFT-wrapped).
-        rank: R.
-        alpha: LoRA alpha.
+        routed: the blocks of routed experts among whose linears the targets may be.
+        config: adapter, rank, alpha, scope.
+        dtype: of the activations; the values are cast to it once when they are set.
     """
 
-    def __init__(self, targets: Mapping[str, nn.Module], rank: int, alpha: float) -> None:
+    def __init__(
+        self,
+        targets: Mapping[str, nn.Module],
+        routed: Sequence[RoutedExperts],
+        config: MemoryConfig,
+        dtype: torch.dtype,
+    ) -> None:
         self.targets = dict(targets)
-        self.scale = alpha / rank
-        self.shapes: list[tuple[int, int]] = []
-        for module in self.targets.values():
-            linear = _base_linear(module)
-            assert isinstance(linear, nn.Linear)
-            self.shapes += [(rank, linear.in_features), (linear.out_features, rank)]
+        self.routed = list(routed)
+        self.adapter = ADAPTERS[config.inner_adapter_type](config)
+        self.by_row = config.scope == "row"
+        self.dtype = dtype
+        linears = [base_linear(module) for module in self.targets.values()]
+        self.shapes = [shape for kind in zip(*map(self.adapter.shapes, linears), strict=True) for shape in kind]
+        self.bounds = [bound for kind in zip(*map(self.adapter.bounds, linears), strict=True) for bound in kind]
         self.sizes = [rows * columns for rows, columns in self.shapes]
         self.numel = sum(self.sizes)
-        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+        self._value: torch.Tensor | None = None
+        self._matrices: list[tuple[torch.Tensor, ...]] = []  # of each target
         self._attached = False
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """The matrices A_0, B_0, A_1, ... as views of `flat` [P]."""
-        parts = flat.split(self.sizes)
-        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        """The matrices A_0, A_1, ..., B_0, B_1, ... as views of `flat` [..., P], each [..., rows, columns]."""
+        parts = flat.split(self.sizes, dim=-1)
+        return [part.view(*flat.shape[:-1], *shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def initial(self, *seed_parts: int | str, device: torch.device | str) -> torch.Tensor:
-        """phi_0, flat float32 [P]: A ~ Kaiming-uniform with a = sqrt 5, i.e. U(-1/sqrt(in), 1/sqrt(in)), and B = 0.
-
-        Drawn from a generator on `device` seeded with `seed_parts` alone.
-        """
+        """Initial values of one memory, flat float32 [P], from a generator on `device` seeded with `seed_parts`."""
         generator = make_generator(*seed_parts, device=device)
         flat = torch.zeros(self.numel, device=device)
-        for matrix in self.views(flat)[::2]:
-            bound = 1 / math.sqrt(matrix.shape[1])
-            matrix.uniform_(-bound, bound, generator=generator)
+        for matrix, bound in zip(self.views(flat), self.bounds, strict=True):
+            if bound:
+                matrix.uniform_(-bound, bound, generator=generator)
         return flat
 
     def named(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        """{"<linear>.A": [R, in], "<linear>.B": [out, R]} as views of `flat` [P]."""
-        names = [f"{name}.{which}" for name in self.targets for which in "AB"]
+        """{"<linear>.A": [..., R, in], "<linear>.B": [..., out, R]} (or ".D") as views of `flat` [..., P]."""
+        names = [f"{name}.{which}" for which in self.adapter.names for name in self.targets]
         return dict(zip(names, self.views(flat), strict=True))
 
     def set(self, flat: torch.Tensor | None) -> None:
-        """Puts `flat` [P] in place (a tensor that requires grad gets gradients), or with None takes the memory away."""
-        if flat is None:
-            self._pairs = None
-            return
-        if flat.shape != (self.numel,):
-            raise ValueError(f"fast weights have {self.numel} numbers, got a tensor of shape {tuple(flat.shape)}")
-        matrices = self.views(flat)
-        self._pairs = list(zip(matrices[::2], matrices[1::2], strict=True))
+        """Puts `flat` [G, P] in place (a tensor that requires grad gets gradients), or with None takes the memory away.
+
+        Raises:
+            ValueError: a tensor of another shape.
+        """
+        if flat is not None and (flat.dim() != 2 or flat.shape[1] != self.numel or (len(flat) > 1 and not self.by_row)):
+            wanted = "B" if self.by_row else "1"
+            raise ValueError(f"fast weights are [{wanted}, {self.numel}], got a tensor of shape {list(flat.shape)}")
+        self._value = flat
+        self._matrices = []
+        if flat is not None:
+            matrices = self.views((flat if self.by_row else flat[0]).to(self.dtype))
+            kinds = [matrices[start :: len(self.targets)] for start in range(len(self.targets))]
+            self._matrices = [tuple(kind) for kind in kinds]
+        for block in self.routed:
+            block.by_row = self.by_row and flat is not None
+
+    @property
+    def value(self) -> torch.Tensor | None:
+        """phi [G, P], or None while no memory is in place."""
+        return self._value
 
     @property
     def is_attached(self) -> bool:
@@ -135,7 +216,7 @@ class FastWeights:
     @property
     def is_set(self) -> bool:
         """Whether a memory is in place."""
-        return self._pairs is not None
+        return self._value is not None
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[FastWeights]:
@@ -163,11 +244,14 @@ class FastWeights:
 
     def _make_hook(self, index: int):
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
-            if self._pairs is None:
+            if self._value is None:
                 return None
             (x,) = args
-            a, b = self._pairs[index]
-            low = F.linear(x, a.to(x.dtype))  # [..., R]
-            return output + (F.linear(low, b.to(x.dtype)) * self.scale).to(output.dtype)
+            if self.by_row and len(x) != len(self._value):
+                raise ValueError(
+                    f"a memory of {len(self._value)} rows (mem_scope=row) is in place, the batch has {len(x)}: write "
+                    "one for this batch, or reset() it"
+                )
+            return output + self.adapter.apply(x, *self._matrices[index]).to(output.dtype)
 
         return hook

@@ -4,7 +4,8 @@
 
 First order: phi_K is a constant for the outer loss. Only phi gets gradients (torch.autograd.grad), the slow weights get
 none. Nothing here reads a number back from the device.
-Shapes: B rows, L positions, N loss positions of a step, P numbers in phi, S inner steps done (K times epochs).
+Shapes: B rows, L positions, N loss positions of a step, D hidden, P numbers in one phi, G memories (1 for scope batch,
+B for scope row), S inner steps done (K times epochs).
 """
 
 from __future__ import annotations
@@ -14,129 +15,185 @@ from dataclasses import dataclass
 
 import torch
 
-from dllm.core.losses import loss_weights, normalise
+from dllm.core.losses import NormType, chunk_rows, loss_weights, normaliser
 from dllm.core.schedulers import BaseAlphaScheduler
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.fast_weights import FastWeights
-from memdlm.memory.objectives import OBJECTIVES
+from memdlm.memory.objectives import OBJECTIVES, Readout
+from memdlm.memory.plan import InnerPlan, InnerStep
 
 CLIP_EPSILON = 1e-12  # keeps the clip factor finite for a zero gradient
+# An inner step needs head and loss of a chunk at once: fewer, larger chunks than the loss alone keep the products fast.
+HEAD_CHUNK_SCALE = 4
 
 
 @dataclass(frozen=True)
-class InnerStep:
-    """What one inner step needs, on the device."""
+class Network:
+    """The model as the inner loop sees it, with the fast weights in place.
 
-    loss_positions: torch.Tensor  # [N] int64, flat indices into [B * L]
-    t: torch.Tensor  # [B] float32
-    noised_ids: torch.Tensor  # [B, L] int64
-    is_anchor: bool  # the state is the outer one
+    hidden_at: (index of a state, flat positions [N]) -> hidden states after the final norm that predict the tokens
+        there, [N, D].
+    head: hidden states [n, D] -> logits [n, V].
+    vocabulary: V.
+    """
+
+    hidden_at: Callable[[int, torch.Tensor], torch.Tensor]
+    head: Callable[[torch.Tensor], torch.Tensor]
+    vocabulary: int
 
 
 @dataclass(frozen=True)
 class InnerReport:
-    """What happened in each inner step; tensors [S] on the device."""
+    """What happened in each inner step; tensors on the device."""
 
-    losses: torch.Tensor
-    grad_norms: torch.Tensor  # of the whole gradient, before the clip
-    skipped: torch.Tensor  # 1 where the step was left out: nothing to predict, or not finite
-    change: torch.Tensor  # 0-dim, |phi_S - phi_0|
-
-
-def inner_loss(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    step: InnerStep,
-    config: MemoryConfig,
-    scheduler: BaseAlphaScheduler,
-) -> torch.Tensor:
-    """Mean objective over the step's loss positions, weighted by the step's t and normalised by their number: a scalar.
-
-    A row whose loss is not finite is left out.
-
-    Args:
-        logits: [N, V] at the loss positions.
-        targets: true tokens, int64 [N].
-        step: positions and times.
-        config: objective, weight and normaliser.
-        scheduler: gives the weight w(t).
-    """
-    losses = OBJECTIVES[config.inner_loss_type](logits, targets)  # [N]
-    num_rows, length = step.noised_ids.shape
-    rows = step.loss_positions // length  # [N]
-    bad = torch.zeros(num_rows, device=logits.device).index_add(0, rows, (~losses.detach().isfinite()).float())  # [B]
-    keep = (bad == 0)[rows]  # [N]
-    counts = torch.zeros(num_rows, device=logits.device).index_add(0, rows, keep.float())  # [B]
-    weights = loss_weights(step.t, scheduler, config.loss_weight_type)
-    kept = torch.where(keep, losses, torch.zeros_like(losses))
-    return normalise(kept, step.loss_positions, length, weights, counts, config.loss_norm_type)
-
-
-def clip_gradient(gradient: torch.Tensor, sizes: Sequence[int], max_norm: float, kind: str) -> torch.Tensor:
-    """`gradient` [P] scaled by min(1, max_norm / norm), per tensor of `sizes` ("tensor") or as a whole ("global"): [P].
-
-    max_norm 0 turns the clip off.
-    """
-    if max_norm == 0:
-        return gradient
-    if kind == "global":
-        return gradient * (max_norm / (gradient.norm() + CLIP_EPSILON)).clamp(max=1)
-    parts = gradient.split(list(sizes))
-    # Two kernels for hundreds of matrices: all norms at once, and one product with each matrix's factor repeated.
-    norms = torch.stack(torch._foreach_norm(parts))  # pyright: ignore[reportPrivateImportUsage]
-    factors = (max_norm / (norms + CLIP_EPSILON)).clamp(max=1)
-    lengths = torch.tensor(sizes).to(gradient.device, non_blocking=True)
-    return gradient * factors.repeat_interleave(lengths, output_size=len(gradient))
+    losses: torch.Tensor  # [S, G]
+    grad_norms: torch.Tensor  # [S, G], of the whole gradient, before the clip
+    changes: torch.Tensor  # [S, G], |phi_k - phi_{k-1}|
+    skipped: torch.Tensor  # [S, G], 1 where the step was left out: nothing to predict, or not finite
+    empty_rows: torch.Tensor  # [S], rows with nothing to predict
+    bad_rows: torch.Tensor  # [S], rows left out because their loss is not finite
+    change: torch.Tensor  # [G], |phi_S - phi_0|
 
 
 def fit(
     fast: FastWeights,
     initial: torch.Tensor,
-    steps: Sequence[InnerStep],
-    readout: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
+    plan: InnerPlan,
+    network: Network,
     config: MemoryConfig,
     scheduler: BaseAlphaScheduler,
     reduce_gradient: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> InnerReport:
     """Runs the inner loop and leaves phi_K in place in `fast`, detached.
 
+    A memory whose loss or gradient is not finite in a step keeps its value in that step.
+
     Args:
         fast: attached fast weights.
-        initial: phi_0, flat float32 [P].
-        steps: the trajectory.
-        readout: index of a step -> (logits [N, V], true tokens int64 [N]) at its loss positions, computed with the fast
-            weights in place.
-        config: learning rate, clip, epochs, and what `inner_loss` reads.
+        initial: phi_0, float32 [G, P].
+        plan: states and steps.
+        network: the model.
+        config: objective, weight, normaliser, learning rate, clip, epochs.
         scheduler: gives the weight w(t).
-        reduce_gradient: averages a flat gradient [P] over data-parallel ranks; None keeps each rank's own.
+        reduce_gradient: averages a gradient [G, P] over data-parallel ranks; None keeps each rank's own.
     """
     phi = initial
-    losses, norms, skipped = [], [], []
+    trace = []
     for _ in range(config.num_inner_epochs):
-        for index, step in enumerate(steps):
-            loss, gradient = _loss_and_gradient(fast, phi, step, lambda k=index: readout(k), config, scheduler)
+        for step in plan.steps:
+            gradient, loss, rows = _gradient(fast, phi, plan, step, network, config, scheduler)
             if reduce_gradient is not None:
                 gradient = reduce_gradient(gradient)
-            finite = gradient.isfinite().all()
-            clipped = clip_gradient(gradient, fast.sizes, config.inner_grad_clip, config.clip_kind)
+            # A memory with nothing to predict has a zero gradient, unless other ranks had something.
+            moves = gradient.isfinite().all(dim=-1) & gradient.any(dim=-1)  # [G]
+            norm = gradient.norm(dim=-1)
+            update = config.inner_lr * clip_gradient(gradient, fast.sizes, config.inner_grad_clip, config.clip_kind)
             # where, not a product: 0 * nan is nan.
-            phi = torch.where(finite, phi - config.inner_lr * clipped, phi)
-            losses.append(loss)
-            norms.append(gradient.norm())
-            skipped.append((~finite).float() if len(step.loss_positions) else torch.ones_like(loss))
+            update = torch.where(moves[:, None], update, torch.zeros_like(update))
+            phi = phi - update
+            trace.append((loss, norm, update.norm(dim=-1), (~moves).float(), *rows))
     fast.set(phi)
-    return InnerReport(torch.stack(losses), torch.stack(norms), torch.stack(skipped), (phi - initial).norm())
+    columns = [torch.stack(column) for column in zip(*trace, strict=True)]
+    return InnerReport(*columns, change=(phi - initial).norm(dim=-1))
 
 
-def _loss_and_gradient(fast, phi, step, readout, config, scheduler) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss, its gradient with respect to phi [P]), detached; zeros for a step with nothing to predict."""
-    if len(step.loss_positions) == 0:
-        return torch.zeros((), device=phi.device), torch.zeros_like(phi)
+def clip_gradient(gradient: torch.Tensor, sizes: Sequence[int], max_norm: float, kind: str) -> torch.Tensor:
+    """`gradient` [G, P] with each row scaled by min(1, max_norm / norm), per tensor of `sizes` ("tensor") or as a whole
+    ("global"): [G, P].
+
+    max_norm 0 turns the clip off.
+    """
+    if max_norm == 0:
+        return gradient
+    if kind == "global":
+        return gradient * (max_norm / (gradient.norm(dim=-1, keepdim=True) + CLIP_EPSILON)).clamp(max=1)
+    # Two kernels for hundreds of matrices: all norms at once, and one product with each matrix's factor repeated.
+    parts = [part for memory in gradient.unbind() for part in memory.split(list(sizes))]
+    norms = torch.stack(torch._foreach_norm(parts))  # pyright: ignore[reportPrivateImportUsage]
+    factors = (max_norm / (norms + CLIP_EPSILON)).clamp(max=1).view(len(gradient), -1)  # [G, T]
+    lengths = torch.tensor(sizes).to(gradient.device, non_blocking=True)
+    return gradient * factors.repeat_interleave(lengths, dim=1, output_size=gradient.shape[1])
+
+
+def _gradient(
+    fast: FastWeights,
+    phi: torch.Tensor,
+    plan: InnerPlan,
+    step: InnerStep,
+    network: Network,
+    config: MemoryConfig,
+    scheduler: BaseAlphaScheduler,
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """(gradient [G, P], losses [G], (rows with nothing to predict, rows left out)), detached."""
+    positions = step.loss_positions
+    if len(positions) == 0:
+        none = torch.zeros((), device=phi.device)
+        return torch.zeros_like(phi), torch.zeros_like(phi[:, 0]), (none + plan.num_rows, none)
     with torch.enable_grad():
         leaf = phi.detach().requires_grad_()
         fast.set(leaf)
-        logits, targets = readout()
-        loss = inner_loss(logits, targets, step, config, scheduler)
-        # Not backward(): that would add to the gradients of the slow weights.
-        (gradient,) = torch.autograd.grad(loss, leaf)
-    return loss.detach(), gradient
+        student = network.hidden_at(step.student, positions)  # [N, D]
+    with torch.no_grad():
+        teacher = None if step.teacher is None else network.hidden_at(step.teacher, positions)
+    losses, slopes = _losses_and_slopes(student.detach(), teacher, step.targets, network, config)
+    rows = positions // plan.length  # [N]
+    weights = loss_weights(step.t, scheduler, config.loss_weight_type)
+    keep, factors, left_out = _row_factors(losses, rows, weights, len(phi), config.loss_norm_type)
+    slopes = torch.where(keep[:, None], slopes * factors[:, None].to(slopes.dtype), torch.zeros_like(slopes))
+    # Not backward(): that would add to the gradients of the slow weights.
+    (gradient,) = torch.autograd.grad(student, leaf, slopes)
+    terms = torch.where(keep, losses * factors, torch.zeros_like(losses))
+    memories = rows * len(phi) // plan.num_rows  # which memory a position belongs to: its row, or the only one
+    loss = torch.zeros(len(phi), dtype=terms.dtype, device=phi.device).index_add(0, memories, terms)
+    return gradient, loss, left_out
+
+
+def _losses_and_slopes(
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    targets: torch.Tensor,
+    network: Network,
+    config: MemoryConfig,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The objective at each position, [N], and its derivative with respect to that position's hidden state, [N, D].
+
+    A chunk of positions at a time, forward and backward: the logits of all of them are never held at once.
+    """
+    objective = OBJECTIVES[config.inner_loss_type].function
+    size = chunk_rows(network.vocabulary, student.device, HEAD_CHUNK_SCALE)
+    fixed_head = torch.no_grad()(network.head)
+    losses, slopes = [], []
+    for start in range(0, len(student), size):
+        part = slice(start, start + size)
+        wanted = None if teacher is None else Readout(teacher[part], fixed_head)
+        with torch.enable_grad():
+            leaf = student[part].requires_grad_()
+            loss = objective(Readout(leaf, network.head), wanted, targets[part], config)
+            (slope,) = torch.autograd.grad(loss.sum(), leaf)
+        losses.append(loss.detach())
+        slopes.append(slope)
+    return torch.cat(losses), torch.cat(slopes)
+
+
+def _row_factors(
+    losses: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor, num_memories: int, norm_type: NormType
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """What each position's loss is multiplied by: (whether it counts, bool [N]; factors [N]; (rows without positions,
+    rows left out)).
+
+    A row with a loss that is not finite is left out, and the others are normalised without it. Each memory normalises
+    over its own rows.
+
+    Args:
+        losses: [N].
+        rows: row of each position, [N].
+        weights: weight of each row, [B].
+        num_memories: G.
+        norm_type: see `dllm.core.losses.normaliser`.
+    """
+    none = torch.zeros_like(weights)  # [B]
+    asked = none.index_add(0, rows, torch.ones_like(losses).to(weights.dtype))
+    bad = none.index_add(0, rows, (~losses.isfinite()).to(weights.dtype)) > 0
+    counts = torch.where(bad, none, asked)
+    norms = normaliser(counts.view(num_memories, -1), norm_type).flatten().to(weights.dtype)  # [B]
+    return ~bad[rows], (weights * norms)[rows], ((asked == 0).sum().float(), bad.sum().float())

@@ -1,15 +1,17 @@
 """ParametricMemory: the fast weights of one model, and writing them inside a forward of that model.
 
-The layers below `start` (the first one with fast weights) do not depend on the memory. So the states before the anchor
-run through them once, batched, without gradients; the anchor's pass through them is the outer forward itself: at the
-split point it hands over its hidden state, the inner loop runs on the layers above, and the same forward goes on with
-the memory in place. Shapes: B rows, L positions, D hidden, N loss positions, V vocabulary.
+The layers below `start` (the first one with fast weights) do not depend on the memory. So the states that are known
+before the outer forward run through them once, batched, without gradients; the anchor's pass through them is the outer
+forward itself: at the split point it hands over its hidden state, the inner loop runs on the layers above, and the same
+forward goes on with the memory in place. Shapes: B rows, L positions, D hidden, N loss positions, V vocabulary,
+G memories of P numbers (1 for scope batch, B for scope row).
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,23 +20,44 @@ from torch import nn
 from dllm.core.schedulers import BaseAlphaScheduler, LinearAlphaScheduler
 from dllm.core.split import at_layer
 from dllm.models.backbone import Backbone, unwrap
+from dllm.models.moe import RoutedExperts
 from dllm.models.spec import spec_of
 from dllm.utils.parsing import InputError
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.fast_weights import FastWeights, find_targets, first_adapted_layer
-from memdlm.memory.inner_loop import InnerReport, InnerStep, fit
+from memdlm.memory.inner_loop import InnerReport, Network, fit
+from memdlm.memory.plan import InnerPlan, plan_prompts
 
 LayerInputs = dict[str, Any]
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Prefixes:
+    """What the layers below `start` made of a plan's states.
+
+    hidden: [B, L, D] of each state; None where it comes from the outer forward.
+    layer_inputs: of these states; None where those of the outer forward hold.
+    """
+
+    hidden: list[torch.Tensor | None]
+    layer_inputs: LayerInputs | None
+
+
 class ParametricMemory:
     """Fast weights over the last layers of a masked-diffusion LM, written by an inner loop (MemDLM, arXiv 2603.22241).
 
-        with memory.attached():                  # hooks in place; gone again after the block, also after an exception
-            with memory.writing(steps, ...):
-                outputs = model(noised_ids)      # writes at the split point, goes on with the memory
-            loss(outputs).backward()             # inside the block: checkpointed layers are recomputed with the memory
+        with memory.attached():                           # hooks in place; gone after the block, also by an exception
+            with memory.writing(plan, memory.prefixes(plan), initial):
+                outputs = model(noised_ids)               # writes at the split point, goes on with the memory
+            loss(outputs).backward()                      # inside: checkpointed layers are recomputed with the memory
+
+        with memory.attached():                           # outside training
+            plan = memory.plan_prompts([token_ids], mask_token_id)
+            report = memory.write(plan, memory.initial(plan))
+            memory.values()                               # what was written
+            sampler.infill(...)                           # decodes with it
+            memory.reset()                                # the base model again
 
     Nothing of it appears in the model's state_dict, parameters, optimizer or gradient norm.
 
@@ -44,7 +67,8 @@ class ParametricMemory:
         scheduler: masking schedule behind the inner loss weight; None is the linear one.
 
     Raises:
-        InputError: targets that match nothing, a fraction that leaves no layer.
+        InputError: targets that match nothing, a fraction that leaves no layer, weights of a schedule that is not
+            linear.
     """
 
     def __init__(self, model: nn.Module, config: MemoryConfig, scheduler: BaseAlphaScheduler | None = None) -> None:
@@ -61,8 +85,12 @@ class ParametricMemory:
         self.spec = spec_of(self.lm)
         self.start = first_adapted_layer(len(self.backbone.layers), config.inner_layer_fraction)
         targets = find_targets(self.backbone, self.spec, config.target_roles, self.start)
-        self.fast = FastWeights(targets, config.inner_rank, config.inner_alpha)
+        adapted = list(self.backbone.layers)[self.start :]
+        routed = [part for layer in adapted for part in layer.modules() if isinstance(part, RoutedExperts)]
+        self.fast = FastWeights(targets, routed, config, self.backbone.embedding.weight.dtype)
         self.report: InnerReport | None = None  # of the last write
+        # Around prefixes and inner loops; a DeviceTimer measures them.
+        self.timer: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
     def attached(self) -> contextlib.AbstractContextManager[FastWeights]:
         """A block in which a memory can be written and is in place; nothing of it stays behind."""
@@ -72,45 +100,79 @@ class ParametricMemory:
         """Takes the memory away: inside `attached()` the model is the base model again, bit for bit."""
         self.fast.set(None)
 
-    def initial(self, *seed_parts: int | str) -> torch.Tensor:
-        """phi_0, flat float32 [P] on the model's device, from (config.seed, *seed_parts) alone."""
-        return self.fast.initial(self.config.seed, *seed_parts, device=self.backbone.device)
+    def values(self) -> dict[str, torch.Tensor]:
+        """The memory in place by name, as `FastWeights.named` gives it (scope batch without the leading 1); empty if
+        none was written."""
+        value = self.fast.value
+        if value is None:
+            return {}
+        return self.fast.named(value if self.fast.by_row else value[0])
+
+    def plan_prompts(self, prompts: Sequence[Sequence[int]], mask_token_id: int) -> InnerPlan:
+        """The plan for writing the memory from prompts, on the model's device.
+
+        Arguments as in `memdlm.memory.plan.plan_prompts`.
+        """
+        plan = plan_prompts(prompts, self.config, mask_token_id, self.spec.logit_shift)
+        return plan.to(self.backbone.device)
+
+    def initial(self, plan: InnerPlan, *seed_parts: int | str) -> torch.Tensor:
+        """phi_0, float32 [G, P] on the model's device, from (config.seed, *seed_parts), with scope row also from each
+        row's own seed."""
+        seeds = [(seed,) for seed in plan.row_seeds] if self.fast.by_row else [()]
+        device = self.backbone.device
+        return torch.stack([self.fast.initial(self.config.seed, *seed_parts, *own, device=device) for own in seeds])
 
     @torch.no_grad()
-    def prefixes(self, steps: Sequence[InnerStep], attention_mask: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """Hidden state [B, L, D] before layer `start` of each state, None for the anchor; one batched pass, no
-        dropout."""
-        own = [step.noised_ids for step in steps if not step.is_anchor]
-        if not own:
-            return [None] * len(steps)
-        mask = None if attention_mask is None else torch.cat([attention_mask] * len(own))
-        with evaluating(self.backbone):
-            split = self.backbone(input_ids=torch.cat(own), attention_mask=mask, stop_at=self.start)
-        hidden = iter(split.hidden.split(own[0].shape[0]))
-        return [None if step.is_anchor else next(hidden) for step in steps]
+    def prefixes(self, plan: InnerPlan, share_anchor: bool = True) -> Prefixes:
+        """The states before layer `start`, in one batched pass without dropout.
+
+        Args:
+            plan: the states.
+            share_anchor: leave out the outer state, which the outer forward brings; False runs it here too.
+        """
+        hidden: list[torch.Tensor | None] = [None] * len(plan.states)
+        others = [index for index in range(len(plan.states)) if index != plan.anchor]
+        layer_inputs = None
+        with self.timer, evaluating(self.backbone):
+            if others:
+                states = self._prefix([plan.states[index] for index in others], plan)
+                for index, state in zip(others, states, strict=True):
+                    hidden[index] = state
+            if plan.anchor is not None and not share_anchor:
+                # In a pass of its own, as the outer forward would: products of other sizes round in another way.
+                (hidden[plan.anchor],) = self._prefix([plan.states[plan.anchor]], plan)
+            if plan.apart or not share_anchor:
+                # The embedding alone: the layer inputs of one state.
+                embedded = self.backbone(plan.states[0], plan.attention_mask, stop_at=0)
+                layer_inputs = embedded.layer_inputs
+        return Prefixes(hidden, layer_inputs)
+
+    def _prefix(self, states: Sequence[torch.Tensor], plan: InnerPlan) -> Sequence[torch.Tensor]:
+        """Hidden state [B, L, D] before layer `start` of each state, in one pass."""
+        mask = None if plan.attention_mask is None else torch.cat([plan.attention_mask] * len(states))
+        return self.backbone(torch.cat(list(states)), mask, stop_at=self.start).hidden.split(plan.num_rows)
 
     @contextlib.contextmanager
     def writing(
         self,
-        steps: Sequence[InnerStep],
-        prefixes: Sequence[torch.Tensor | None],
-        input_ids: torch.Tensor,
-        *,
+        plan: InnerPlan,
+        prefixes: Prefixes,
         initial: torch.Tensor,
+        *,
         reduce_gradient: Reduce | None = None,
         before_write: Callable[[torch.Tensor, LayerInputs], None] | None = None,
     ) -> Iterator[None]:
-        """While open, a forward of the model on the anchor state writes the memory at the split point and goes on with
+        """While open, a forward of the model on the outer state writes the memory at the split point and goes on with
         it.
 
         `report` then holds what happened. The anchor's hidden state is that of the outer forward, with its dropout if
         it has any; the replayed layers run without.
 
         Args:
-            steps: the trajectory; the attention mask of the forward holds for all of its states.
-            prefixes: what `prefixes(steps, attention_mask)` gave.
-            input_ids: true tokens, int64 [B, L].
-            initial: phi_0 (see `initial`).
+            plan: what to write (made for the batch of that forward).
+            prefixes: what `prefixes(plan)` gave.
+            initial: phi_0 [G, P] (see `initial`).
             reduce_gradient: see `memdlm.memory.inner_loop.fit`.
             before_write: called with (hidden, layer inputs) at the split point, no memory in place, no gradients.
 
@@ -124,8 +186,7 @@ class ParametricMemory:
                 self.reset()
                 with torch.no_grad(), evaluating(self.backbone), _no_autocast_cache():
                     before_write(anchor, layer_inputs)
-            states = [anchor if prefix is None else prefix for prefix in prefixes]
-            self._write(steps, states, layer_inputs, input_ids, initial, reduce_gradient)
+            self._write(plan, prefixes, anchor, layer_inputs, initial, reduce_gradient)
             return hidden
 
         _refuse_reentrant(self.backbone)
@@ -133,44 +194,47 @@ class ParametricMemory:
             yield
 
     @torch.no_grad()
-    def write(
-        self,
-        steps: Sequence[InnerStep],
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        initial: torch.Tensor,
-        reduce_gradient: Reduce | None = None,
-    ) -> InnerReport:
+    def write(self, plan: InnerPlan, initial: torch.Tensor, *, reduce_gradient: Reduce | None = None) -> InnerReport:
         """Writes the memory in a pass of its own (every state through the lower layers) and leaves it in place.
 
         Equals `writing` around a forward, at the price of one more prefix; needs `attached()`. Arguments as there.
         """
-        states, layer_inputs = [], {}
-        with evaluating(self.backbone):
-            for step in steps:
-                split = self.backbone(input_ids=step.noised_ids, attention_mask=attention_mask, stop_at=self.start)
-                states.append(split.hidden)
-                layer_inputs = split.layer_inputs
-        return self._write(steps, states, layer_inputs, input_ids, initial, reduce_gradient)
+        prefixes = self.prefixes(plan, share_anchor=False)
+        return self._write(plan, prefixes, None, {}, initial, reduce_gradient)
 
     def readout(self, hidden: torch.Tensor, layer_inputs: LayerInputs, positions: torch.Tensor) -> torch.Tensor:
         """Logits [N, V] that predict the tokens at flat `positions` [N], from the hidden state [B, L, D] before layer
         `start`."""
+        return self.lm.head(self.hidden_at(hidden, layer_inputs, positions))
+
+    def hidden_at(self, hidden: torch.Tensor, layer_inputs: LayerInputs, positions: torch.Tensor) -> torch.Tensor:
+        """What the head needs for `readout`: hidden states after the final norm, [N, D]."""
         recomputes = any(layer.gradient_checkpointing for layer in self.backbone.layers)
         checkpoint = self.config.inner_gradient_checkpointing and recomputes
         last = self.backbone.run_layers(hidden, layer_inputs, self.start, checkpoint=checkpoint)
-        return self.lm.head(last.reshape(-1, last.shape[-1])[positions - self.spec.logit_shift])
+        return last.flatten(0, 1)[positions - self.spec.logit_shift]
 
-    def _write(self, steps, states, layer_inputs, input_ids, initial, reduce_gradient) -> InnerReport:
-        tokens = input_ids.reshape(-1)
+    def _write(
+        self,
+        plan: InnerPlan,
+        prefixes: Prefixes,
+        anchor: torch.Tensor | None,
+        anchor_inputs: LayerInputs,
+        initial: torch.Tensor,
+        reduce_gradient: Reduce | None,
+    ) -> InnerReport:
+        layer_inputs = anchor_inputs if prefixes.layer_inputs is None else prefixes.layer_inputs
 
-        def readout(index: int) -> tuple[torch.Tensor, torch.Tensor]:
-            positions = steps[index].loss_positions
-            return self.readout(states[index], layer_inputs, positions), tokens[positions]
+        def hidden_at(state: int, positions: torch.Tensor) -> torch.Tensor:
+            hidden = prefixes.hidden[state]
+            if hidden is None:
+                assert anchor is not None
+                hidden = anchor
+            return self.hidden_at(hidden, layer_inputs, positions)
 
-        with evaluating(self.backbone):
-            report = fit(self.fast, initial, steps, readout, self.config, self.scheduler, reduce_gradient)
+        network = Network(hidden_at, self.lm.head, self.lm.config.vocab_size)
+        with self.timer, evaluating(self.backbone):
+            report = fit(self.fast, initial, plan, network, self.config, self.scheduler, reduce_gradient)
         self.report = report
         return report
 

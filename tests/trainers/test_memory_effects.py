@@ -1,5 +1,7 @@
 """What must reach the memory and the loss through the trainer: masks, seeds, schedules, router losses, precision."""
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
@@ -8,7 +10,7 @@ from dllm.core.schedulers import CosineAlphaScheduler
 from dllm.core.trainers import MDLMConfig, MDLMTrainer
 from dllm.data.collators import NoisingCollator, PaddingCollator
 from memdlm import MemDLMConfig, MemDLMTrainer
-from memdlm.memory.collator import inner_steps
+from memdlm.memory.collator import inner_plan
 
 DEFAULTS = {
     "use_cpu": True,
@@ -77,7 +79,8 @@ def _pad_with_attention_mask(rows) -> dict:
 
 
 def _without_mask(batch: dict) -> dict:
-    return {key: value for key, value in batch.items() if key != "attention_mask"}
+    plan = {**batch["memory_plan"], "attention_mask": None} if "memory_plan" in batch else None
+    return {**{key: value for key, value in batch.items() if key != "attention_mask"}, "memory_plan": plan}
 
 
 def _record(memory) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -133,11 +136,11 @@ def test_the_attention_mask_reaches_the_memory(strong, tokenizer, uneven_rows, t
     with torch.no_grad(), memory.attached():
         loss = trainer.compute_loss(model, batch)
         trainer.compute_loss(model, _without_mask(batch))
-        memory.write(inner_steps(batch), batch["input_ids"], mask, initial=initial[0])
+        memory.write(inner_plan(batch), initial[0])
         logits = model(
             input_ids=batch["noised_ids"], attention_mask=mask, logit_positions=batch["loss_positions"]
         ).logits
-        memory.write(inner_steps(batch), batch["input_ids"], initial=initial[0])
+        memory.write(dataclasses.replace(inner_plan(batch), attention_mask=None), initial[0])
     through_trainer, through_trainer_unmasked, written, written_unmasked = final
     assert torch.equal(initial[0], initial[1])
     assert torch.equal(through_trainer, written)
@@ -159,7 +162,8 @@ def test_each_step_draws_its_own_initial_values_and_a_repeated_run_the_same(stro
         assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
     views = trainer.memory.fast.views
     for one, two in ((0, 1), (1, 2), (0, 2)):
-        first, second = views(runs[0][0][one])[::2], views(runs[0][0][two])[::2]  # the matrices A
+        half = len(trainer.memory.fast.targets)
+        first, second = views(runs[0][0][one][0])[:half], views(runs[0][0][two][0])[:half]  # the matrices A
         assert all(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -193,11 +197,12 @@ def test_the_inner_loss_is_weighted_and_normalised_like_the_outer_one(strong, to
     trainer.lm.eval()
     with torch.no_grad(), trainer.memory.attached():
         trainer.compute_loss(trainer.lm, batch)
-    step = inner_steps(batch)[0]
+    plan = inner_plan(batch)
+    step = plan.steps[0]
     with torch.no_grad():  # B is 0 at first, so the first inner loss is that of the base model
-        logits = trainer.lm(input_ids=step.noised_ids, logit_positions=step.loss_positions).logits
-    targets = batch["input_ids"].flatten()[step.loss_positions]
-    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / 4
+        logits = trainer.lm(input_ids=plan.states[step.student], logit_positions=step.loss_positions).logits
+    assert torch.equal(step.targets, batch["input_ids"].flatten()[step.loss_positions])
+    expected = torch.nn.functional.cross_entropy(logits, step.targets, reduction="sum") / 4
     # The same float32 terms in another order.
     assert float(trainer.memory.report.losses[0]) == pytest.approx(float(expected), rel=1e-5)
 

@@ -123,6 +123,7 @@ class MDLMTrainer(transformers.Trainer):
         # Trainer's __init__ infers this from the signature of forward and would overwrite the class attribute.
         self.model_accepts_loss_kwargs = False
         self.clock = StepClock()
+        self.logged_seconds = 0.0  # spent on the steps of the last training log
         self.eval_metrics = OnEvaluateMetricsCallback(self, {"nll": NLLMetric(), "ppl": PPLMetric()})
         # Counted on the device and read when logging: reading it in every step would wait for the device.
         self._num_empty_batches = torch.zeros((), dtype=torch.int64, device=self.args.device)
@@ -225,16 +226,20 @@ class MDLMTrainer(transformers.Trainer):
             self.data_collator = training_collator
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in Trainer; training entries also get seconds per step, peak memory and the number of empty batches."""
+        """As in Trainer; training entries also get what `training_logs` says."""
         if "loss" in logs:
-            seconds = self.clock.read()
-            if seconds is not None:
-                logs["step_seconds"] = round(seconds, 4)
-            logs["peak_memory_mib"] = round(peak_memory_mib(self.args.device), 1)
-            num_empty = int(self._num_empty_batches)
-            if num_empty:
-                logs["empty_batches"] = num_empty
+            logs.update(self.training_logs())
         super().log(logs, start_time)
+
+    def training_logs(self) -> dict[str, float]:
+        """Seconds per step since the last call, peak memory, and the number of empty batches if there are any."""
+        self.logged_seconds, steps = self.clock.read()
+        logs = {"step_seconds": round(self.logged_seconds / steps, 4)} if steps else {}
+        logs["peak_memory_mib"] = round(peak_memory_mib(self.args.device), 1)
+        num_empty = int(self._num_empty_batches)
+        if num_empty:
+            logs["empty_batches"] = num_empty
+        return logs
 
 
 class _SetEpoch(transformers.TrainerCallback):

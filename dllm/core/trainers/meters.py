@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from typing import Any
 
 import torch
 import transformers
@@ -101,10 +102,43 @@ class StepClock(transformers.TrainerCallback):
         """Notes the seconds of this step."""
         self._seconds.append(time.perf_counter() - self._began)
 
-    def read(self) -> float | None:
-        """Mean seconds per step since the last call; None if there was no step."""
+    def read(self) -> tuple[float, int]:
+        """(seconds, number of steps) since the last call."""
         seconds, self._seconds = self._seconds, []
-        return sum(seconds) / len(seconds) if seconds else None
+        return sum(seconds), len(seconds)
+
+
+class DeviceTimer:
+    """Seconds spent inside `with timer:` blocks, on the device: CUDA events there, wall time elsewhere.
+
+    Nothing waits for the device until `read`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
+        self._began: list[Any] = []  # of the blocks that are open
+        self._pairs: list[tuple[Any, Any]] = []
+
+    def _now(self) -> Any:
+        if not self._on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def __enter__(self) -> None:
+        self._began.append(self._now())
+
+    def __exit__(self, *exception: object) -> None:
+        self._pairs.append((self._began.pop(), self._now()))
+
+    def read(self) -> float:
+        """Seconds in blocks left since the last call."""
+        pairs, self._pairs = self._pairs, []
+        if not self._on_cuda:
+            return sum(end - start for start, end in pairs)
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in pairs) / 1000
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -1,0 +1,254 @@
+"""What the inner loop is to do with a batch: the states, their masks and loss positions, made before the forward.
+
+A plan is made on the CPU (by the collator, or by `plan_prompts` outside training), so that no step waits for the device
+to count. Shapes: B rows, L positions of the states, N loss positions of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from dllm.core.noising import apply_mask, derive_seed, draw_noise, flat_positions, make_generator
+from dllm.utils.parsing import InputError
+from memdlm.memory.config import MemoryConfig
+from memdlm.memory.objectives import OBJECTIVES
+from memdlm.memory.trajectory import TRAJECTORIES, InnerState, disjoint, loss_mask
+
+
+@dataclass(frozen=True)
+class InnerStep:
+    """What one inner step needs; `student` and `teacher` are indices into the states of the plan."""
+
+    student: int
+    teacher: int | None  # None: the objective has no teacher
+    loss_positions: torch.Tensor  # [N] int64, flat indices into [B * L]
+    targets: torch.Tensor  # [N] int64, true tokens at the loss positions
+    t: torch.Tensor  # [B] float32
+
+
+@dataclass(frozen=True)
+class InnerPlan:
+    """The inner loop of one batch."""
+
+    states: Sequence[torch.Tensor]  # token ids of each distinct input, int64 [B, L]
+    steps: Sequence[InnerStep]
+    anchor: int | None  # index of the state that is the outer one, if any is
+    attention_mask: torch.Tensor | None  # [B, L], holds for every state
+    apart: bool  # rows of their own (the prompt alone): the states have neither length nor mask of the outer state
+    row_seeds: Sequence[int]  # seeds of the rows' initial fast weights, used by scope row
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return self.states[0].shape[0]
+
+    @property
+    def length(self) -> int:
+        """L."""
+        return self.states[0].shape[1]
+
+    def as_batch(self) -> dict[str, Any]:
+        """The plan as nested dicts and lists, which trainers and data loaders know how to move."""
+        return {**_as_dict(self), "steps": [_as_dict(step) for step in self.steps]}
+
+    @classmethod
+    def from_batch(cls, values: dict[str, Any]) -> InnerPlan:
+        """The plan that `as_batch` took apart, wherever its tensors have been moved."""
+        return cls(**{**values, "steps": [InnerStep(**step) for step in values["steps"]]})
+
+    def to(self, device: torch.device | str) -> InnerPlan:
+        """The plan with its tensors on `device`."""
+        return InnerPlan.from_batch(_move(self.as_batch(), device))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a plan is made from, on the CPU."""
+
+    input_ids: torch.Tensor  # [B, L] int64, true tokens
+    maskable: torch.Tensor  # [B, L] bool, what the outer loss may ask for
+    is_masked: torch.Tensor  # [B, L] bool, the outer mask M
+    noised_ids: torch.Tensor  # [B, L] int64, the outer state
+    t: torch.Tensor  # [B] float32, the outer time
+    is_padding: torch.Tensor  # [B, L] bool
+    attention_mask: torch.Tensor | None  # [B, L]
+    row_seeds: Sequence[int]
+    generators: Callable[[str], Sequence[torch.Generator]]  # purpose -> one CPU generator per row
+    mask_token_id: int
+    logit_shift: int  # 1: the first position cannot be predicted
+
+
+def plan_response(rows: Rows, config: MemoryConfig) -> InnerPlan:
+    """The published inner loop: a trajectory of the labels, which the outer loss then asks for."""
+    maskable = rows.maskable & ~rows.is_padding if config.pad_unmask_mode != "none" else rows.maskable
+    anchor = rows.is_masked & maskable
+    noise = draw_noise(rows.generators("trajectory"), rows.input_ids.shape[1])
+    states = TRAJECTORIES[config.masking_strategy](maskable, anchor, rows.t, noise, config)
+    asked = [loss_mask(state, config.inner_loss_mask_mode) for state in states]
+    return _plan(rows, states, asked, config, hidden=None)
+
+
+def plan_disjoint(rows: Rows, config: MemoryConfig) -> InnerPlan:
+    """Labels that the outer loss does not ask for; tokens under the outer mask M are in no input and in no loss.
+
+    A teacher's clean input is the outer state.
+    """
+    maskable = rows.maskable
+    if config.pad_unmask_mode != "none":
+        # Padding under M stays masked all the same: showing it would tell where the answer ends.
+        maskable = maskable & (~rows.is_padding | rows.is_masked)
+    length = rows.input_ids.shape[1]
+    # Generators of their own for each state: the draws of the second must not depend on how far the row was padded.
+    purposes = [f"trajectory {step}" for step in range(config.num_inner_steps)]
+    noise = torch.stack([draw_noise(rows.generators(purpose), length) for purpose in purposes])  # [K, B, L]
+    states = disjoint(maskable, rows.is_masked, rows.t, noise, config)
+    asked = [loss_mask(state, "newly_revealed") for state in states]
+    return _plan(rows, states, asked, config, hidden=rows.is_masked)
+
+
+def plan_prompt(rows: Rows, config: MemoryConfig) -> InnerPlan:
+    """The prompt alone, as at inference: what stands before a row's first maskable position.
+
+    The states are cut to the longest prompt of the batch; what lies behind a shorter one is hidden by the attention
+    mask, and its tokens are replaced by the mask token. The anchor masks each prompt position with probability
+    `prompt_mask_ratio`.
+    """
+    return _plan_prompt_part(rows, (rows.maskable.cumsum(dim=1) == 0) & ~rows.is_padding, config)
+
+
+def plan_prompts(
+    prompts: Sequence[Sequence[int]], config: MemoryConfig, mask_token_id: int, logit_shift: int = 0
+) -> InnerPlan:
+    """The plan for writing a memory from prompts outside training (on the CPU, see `InnerPlan.to`).
+
+    All draws of a prompt depend on (config.seed, its tokens) alone, so that one prompt always gives one memory.
+
+    Args:
+        prompts: token ids of each prompt, of any length.
+        config: the settings; `inner_target` does not matter here.
+        mask_token_id: id of the mask token.
+        logit_shift: see `ModelSpec`.
+
+    Raises:
+        InputError: no prompt, or an empty one.
+    """
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise InputError("a memory is written from one or more prompts of at least one token: drop the empty ones")
+    ids = pad_sequence([torch.as_tensor(prompt, dtype=torch.int64) for prompt in prompts], batch_first=True)  # [B, L]
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    is_prompt = torch.arange(ids.shape[1]) < lengths[:, None]
+    nothing = torch.zeros_like(is_prompt)
+    seeds = [derive_seed(config.seed, *map(int, prompt)) for prompt in prompts]
+    rows = Rows(
+        input_ids=ids,
+        maskable=nothing,
+        is_masked=nothing,
+        noised_ids=ids,
+        t=torch.zeros(len(prompts)),
+        is_padding=~is_prompt,
+        attention_mask=None,
+        row_seeds=seeds,
+        generators=lambda purpose: [make_generator(seed, purpose) for seed in seeds],
+        mask_token_id=mask_token_id,
+        logit_shift=logit_shift,
+    )
+    return _plan_prompt_part(rows, is_prompt, config)
+
+
+PLANS: dict[str, Callable[[Rows, MemoryConfig], InnerPlan]] = {
+    "response": plan_response,
+    "prompt": plan_prompt,
+    "disjoint": plan_disjoint,
+}
+
+
+def _plan_prompt_part(rows: Rows, is_prompt: torch.Tensor, config: MemoryConfig) -> InnerPlan:
+    if rows.attention_mask is not None:
+        is_prompt = is_prompt & rows.attention_mask.bool()
+    length = max(1, int(is_prompt.sum(dim=1).max()))
+    is_prompt = is_prompt[:, :length]
+    maskable = is_prompt.clone()
+    maskable[:, : rows.logit_shift] = False
+    anchor = maskable & (draw_noise(rows.generators("prompt"), length) < config.prompt_mask_ratio)
+    t = torch.full_like(rows.t, config.prompt_mask_ratio)
+    noise = draw_noise(rows.generators("trajectory"), length)
+    states = TRAJECTORIES[config.masking_strategy](maskable, anchor, t, noise, config)
+    asked = [loss_mask(state, config.inner_loss_mask_mode) for state in states]
+    visible = is_prompt.clone()
+    visible[:, 0] = True  # of a row without a prompt one mask token: attention to nothing is not defined
+    part = Rows(
+        input_ids=rows.input_ids[:, :length],
+        maskable=maskable,
+        is_masked=anchor,
+        noised_ids=rows.noised_ids[:, :length],
+        t=t,
+        is_padding=rows.is_padding[:, :length],
+        attention_mask=None if bool(visible.all()) else visible.long(),
+        row_seeds=rows.row_seeds,
+        generators=rows.generators,
+        mask_token_id=rows.mask_token_id,
+        logit_shift=rows.logit_shift,
+    )
+    return _plan(part, states, asked, config, hidden=~is_prompt, apart=True)
+
+
+def _plan(
+    rows: Rows,
+    states: Sequence[InnerState],
+    asked: Sequence[torch.Tensor],
+    config: MemoryConfig,
+    hidden: torch.Tensor | None,
+    apart: bool = False,
+) -> InnerPlan:
+    """Turns masks into inputs, each distinct one once.
+
+    Args:
+        asked: loss positions of each state, bool [B, L].
+        hidden: positions whose true token no input may show, bool [B, L].
+        apart: see `InnerPlan`.
+    """
+    clean = torch.zeros_like(rows.is_masked) if hidden is None else hidden
+    inputs: list[torch.Tensor] = []
+
+    def index_of(mask: torch.Tensor) -> int:
+        ids = apply_mask(rows.input_ids, mask | clean, rows.mask_token_id)
+        for index, known in enumerate(inputs):
+            if torch.equal(known, ids):
+                return index
+        inputs.append(ids)
+        return len(inputs) - 1
+
+    uses_teacher = OBJECTIVES[config.inner_loss_type].uses_teacher
+    steps = []
+    for state, chosen in zip(states, asked, strict=True):
+        positions = flat_positions(chosen)
+        following = clean if state.next_is_masked is None else state.next_is_masked
+        student = index_of(state.is_masked)
+        teacher = index_of(following) if uses_teacher else None
+        steps.append(InnerStep(student, teacher, positions, rows.input_ids.reshape(-1)[positions], state.t))
+    outer = [i for i, ids in enumerate(inputs) if not apart and torch.equal(ids, rows.noised_ids)]
+    return InnerPlan(
+        states=inputs,
+        steps=steps,
+        anchor=outer[0] if outer else None,
+        attention_mask=rows.attention_mask,
+        apart=apart,
+        row_seeds=rows.row_seeds,
+    )
+
+
+def _as_dict(instance: Any) -> dict[str, Any]:
+    return {field.name: getattr(instance, field.name) for field in fields(instance)}
+
+
+def _move(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: _move(part, device) for key, part in value.items()}
+    return [_move(part, device) for part in value] if isinstance(value, (list, tuple)) else value
