@@ -130,37 +130,46 @@ class FullVocabularyTrainer(MDLMTrainer):
         return nll.sum() / inputs["num_maskable"].sum(), outputs
 
 
+TRAINERS: dict[str, type[MDLMTrainer]] = {
+    PLAIN: MDLMTrainer,
+    MEMDLM: MemDLMTrainer,
+    FULL_VOCABULARY: FullVocabularyTrainer,
+}
+
+
+def make_settings(options: Options, memory_flags: dict[str, Any], folder: str) -> dict[str, MDLMConfig]:
+    """The settings of each kind's trainer."""
+    common: dict[str, Any] = {
+        "output_dir": folder,
+        "use_cpu": options.device == "cpu",
+        "seed": options.seed,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+    }
+    settings = {PLAIN: MDLMConfig(**common), MEMDLM: MemDLMConfig(**common, mem_enabled=True, **memory_flags)}
+    if options.compare_full_vocabulary:
+        settings[FULL_VOCABULARY] = MDLMConfig(**common)
+    return settings
+
+
 class Bench:
     """One model and one optimizer, a trainer of each kind and its batch."""
 
-    def __init__(self, options: Options, memory_flags: dict[str, Any], folder: str) -> None:
+    def __init__(self, options: Options, settings: dict[str, MDLMConfig]) -> None:
         spec = get_spec(options.family)
-        common: dict[str, Any] = {
-            "output_dir": folder,
-            "use_cpu": options.device == "cpu",
-            "seed": options.seed,
-            "logging_strategy": "no",
-            "save_strategy": "no",
-        }
-        kinds: dict[str, tuple[type[MDLMTrainer], MDLMConfig]] = {
-            PLAIN: (MDLMTrainer, MDLMConfig(**common)),
-            MEMDLM: (MemDLMTrainer, MemDLMConfig(**common, mem_enabled=True, **memory_flags)),
-        }
-        if options.compare_full_vocabulary:
-            kinds[FULL_VOCABULARY] = (FullVocabularyTrainer, MDLMConfig(**common))
         tokenizer = make_tokenizer(spec)
         self.model = make_model(options, spec)
         self.trainers = {
-            kind: trainer_class(model=self.model, args=args, processing_class=tokenizer)
-            for kind, (trainer_class, args) in kinds.items()
+            kind: TRAINERS[kind](model=self.model, args=args, processing_class=tokenizer)
+            for kind, args in settings.items()
         }
         for trainer in self.trainers.values():
             trainer.current_gradient_accumulation_steps = 1  # train() sets it
         if options.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(kinds[PLAIN][1].gradient_checkpointing_kwargs)
+            self.model.gradient_checkpointing_enable(settings[PLAIN].gradient_checkpointing_kwargs)
         rows = make_rows(options, self.trainers[PLAIN], first_token=len(tokenizer))
         self.batches = {kind: trainer.data_collator(rows) for kind, trainer in self.trainers.items()}
-        self.device = kinds[PLAIN][1].device
+        self.device = settings[PLAIN].device
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = self.trainers[PLAIN].create_optimizer()
 
@@ -187,14 +196,15 @@ def make_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
 
 def make_model(options: Options, spec: ModelSpec) -> Any:
     """Random weights, with LoRA if asked for, without dropout."""
-    sizes = {name: getattr(options, name) for name in FAMILY_SIZES[options.family]}
-    config = spec.config_class(
-        vocab_size=options.vocab_size,
-        hidden_size=options.hidden_size,
-        num_hidden_layers=options.num_layers,
-        num_attention_heads=options.num_heads,
-        **sizes,
-    )
+    sizes = {
+        "vocab_size": options.vocab_size,
+        "hidden_size": options.hidden_size,
+        "num_hidden_layers": options.num_layers,
+        "num_attention_heads": options.num_heads,
+        **{name: getattr(options, name) for name in FAMILY_SIZES[options.family]},
+    }
+    own_names = spec.config_class.attribute_map
+    config = spec.config_class(**{own_names.get(name, name): size for name, size in sizes.items()})
     torch.manual_seed(options.seed)
     model = spec.model_class(config).to(DTYPES[options.dtype])
     set_dropout(model, 0.0)
@@ -344,25 +354,27 @@ def main() -> None:
     options, memory = utils.parse_args(Options, MemoryFlags)
     torch.set_num_threads(options.threads)
     peaks = None
-    if options.peak_memory and options.peak_memory_of is None and options.device == "cpu":
-        # First: a new process starts with the peak of the one that made it.
-        peaks = peaks_of_processes(sys.argv[1:])
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(options, asdict(memory), folder)
+        settings = make_settings(options, asdict(memory), folder)
         if options.peak_memory_of is not None:
-            print(peak_of(bench, options.peak_memory_of))
+            print(peak_of(Bench(options, settings), options.peak_memory_of))
             return
+        if options.peak_memory and options.device == "cpu":
+            # Before there is a model here: a new process starts with the peak of the one that made it.
+            peaks = peaks_of_processes(sys.argv[1:])
+        bench = Bench(options, settings)
         times = time_steps(bench, options.rounds, options.warmup_rounds)
-        results: dict[str, Any] = {
+        parts = {kind: observe_parts(bench, kind) for kind in PARTS}
+        if options.peak_memory and options.device == "cuda":
+            peaks = {kind: peak_of(bench, kind) for kind in PARTS}
+        results = {
             "options": {**asdict(options), **asdict(memory)},
             "machine": describe_machine(bench),
             **times,
             "ratios": {kind: ratios(times["seconds"], kind) for kind in bench.trainers if kind != PLAIN},
-            "parts": {kind: observe_parts(bench, kind) for kind in (PLAIN, MEMDLM)},
+            "parts": parts,
+            "peak_memory_mib": peaks,
         }
-        if options.peak_memory and options.device == "cuda":
-            peaks = {kind: peak_of(bench, kind) for kind in (PLAIN, MEMDLM)}
-    results["peak_memory_mib"] = peaks
     print_results(results)
     if options.json is not None:
         pathlib.Path(options.json).write_text(json.dumps(results, indent=2) + "\n")

@@ -1,5 +1,8 @@
 """The benchmark of a training step, run as a user runs it, at a tiny size; how fast anything is does not matter."""
 
+import contextlib
+import importlib.util
+import io
 import json
 import os
 import pathlib
@@ -8,17 +11,18 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-MOE = ("--hidden_size", "32", "--num_layers", "3", "--num_heads", "4", "--vocab_size", "200", "--length", "32")
-MOE = (*MOE, "--prompt_length", "8", "--rounds", "2", "--warmup_rounds", "1")
+SCRIPT = ROOT / "scripts" / "bench" / "training_step.py"
+SIZES = ("--hidden_size", "32", "--num_layers", "3", "--num_heads", "4", "--vocab_size", "200", "--length", "32")
+SIZES = (*SIZES, "--prompt_length", "8", "--rounds", "2", "--warmup_rounds", "1")
 PLAIN_PARTS = {"forward and loss", "outer backward", "clip, optimizer, zero_grad", "other", "whole"}
 
 
 def _run(*flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "scripts/bench/training_step.py", *MOE, *flags],
-        cwd=ROOT,
+        [sys.executable, str(SCRIPT), *SIZES, *flags],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -26,25 +30,45 @@ def _run(*flags: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def _results(tmp_path: pathlib.Path, *flags: str) -> dict:
-    """The numbers of a run, after what every run must have shown."""
-    file = tmp_path / "numbers.json"
-    done = _run("--json", str(file), *flags)
-    assert done.returncode == 0, done.stderr[-2000:]
-    results = json.loads(file.read_text())
-    (shown,) = re.findall(r"^ratio memdlm/plain: (\d+\.\d\d)$", done.stdout, re.MULTILINE)
-    assert float(shown) == pytest.approx(results["ratios"]["memdlm"]["ratio"], abs=0.006)
+@pytest.fixture
+def run_here(monkeypatch):
+    """A function (flags) -> what the script prints, run in this process: a new one takes seconds to import torch."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    spec = importlib.util.spec_from_file_location("training_step", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, script)
+    spec.loader.exec_module(script)
+    threads = torch.get_num_threads()
+
+    def run(*flags: str) -> str:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *SIZES, *flags])
+        with contextlib.redirect_stdout(io.StringIO()) as shown:
+            script.main()
+        return shown.getvalue()
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def _check(shown: str, results: dict) -> None:
+    """What every run must show and write."""
+    (ratio,) = re.findall(r"^ratio memdlm/plain: (\d+\.\d\d)$", shown, re.MULTILINE)
+    assert float(ratio) == pytest.approx(results["ratios"]["memdlm"]["ratio"], abs=0.006)
     assert {len(seconds) for seconds in results["seconds"].values()} == {2}
     assert set(results["parts"]["plain"]) == PLAIN_PARTS
     for parts in results["parts"].values():
         whole = parts.pop("whole")
         assert all(seconds > 0 for seconds in parts.values()), parts
         assert sum(parts.values()) == pytest.approx(whole, rel=0.05)
-    return results
 
 
 def test_plain_memory_and_full_vocabulary_steps_train_on_one_loss(tmp_path) -> None:
-    results = _results(tmp_path, "--compare_full_vocabulary", "True")
+    file = tmp_path / "numbers.json"
+    done = _run("--compare_full_vocabulary", "True", "--json", str(file))
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads(file.read_text())
+    _check(done.stdout, results)
     losses = results["losses"]
     assert set(losses) == set(results["seconds"]) == {"plain", "memdlm", "full-vocabulary plain"}
     # One or two optimizer steps lie between them.
@@ -62,8 +86,11 @@ def test_plain_memory_and_full_vocabulary_steps_train_on_one_loss(tmp_path) -> N
     ],
     ids=["lora, row, distill", "llada, checkpointing, bfloat16"],
 )
-def test_settings_of_model_and_memory(tmp_path, flags) -> None:
-    results = _results(tmp_path, *flags, "--peak_memory", "False")
+def test_settings_of_model_and_memory(run_here, tmp_path, flags) -> None:
+    file = tmp_path / "numbers.json"
+    shown = run_here(*flags, "--peak_memory", "False", "--json", str(file))
+    results = json.loads(file.read_text())
+    _check(shown, results)
     assert results["peak_memory_mib"] is None
     given = dict(zip(flags[::2], flags[1::2], strict=True))
     assert {name: str(results["options"][name[2:]]) for name in given} == given
@@ -78,11 +105,22 @@ def test_settings_of_model_and_memory(tmp_path, flags) -> None:
     ("flags", "message"),
     [
         (("--layers", "3"), "unknown flag --layers; the closest known one is --num_layers"),
-        (("--mem_inner_lr", "-1"), "mem_inner_lr must be at least 0"),
+        (("--family", "llada", "--num_experts", "4"), "--num_experts has no effect with --family llada"),
+        (("--vocab_size", "7"), "--vocab_size must be at least 16, got 7"),
+        (("--prompt_length", "32"), "--prompt_length must be below --length 32, got 32"),
+        (("--time", "1"), "--time must lie in [0.01, 0.99]"),
     ],
 )
-def test_a_wrong_flag_is_one_line(flags, message) -> None:
-    done = _run(*flags)
+def test_wrong_flags_are_one_line(run_here, capsys, flags, message) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run_here(*flags)
+    assert stopped.value.code == 2
+    shown = capsys.readouterr().err
+    assert message in shown and shown.count("\n") == 1
+
+
+def test_a_wrong_memory_setting_is_one_line() -> None:
+    done = _run("--mem_inner_lr", "-1")
     assert done.returncode == 2 and not done.stdout
-    assert message in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1].startswith("mem_inner_lr must be at least 0")
     assert "Traceback" not in done.stderr
