@@ -10,6 +10,7 @@ from memdlm.memory.config import MemoryConfig
 from memdlm.memory.parametric import ParametricMemory
 
 MASK = 39
+EPOCH = 2  # whose masks leave something visible in every row
 OBJECTIVES = {
     "ce": {},
     "distill": {"inner_loss_type": "distill"},
@@ -43,6 +44,7 @@ def _written(model, config: MemoryConfig, rows: list[dict]):
     collator = MemoryCollator(
         PaddingCollator(2), config=config, scheduler=LinearAlphaScheduler(), mask_token_id=MASK, time_epsilon=0.3
     )
+    collator.set_epoch(EPOCH)
     batch = collator(rows)
     memory = ParametricMemory(model, config)
     plan = inner_plan(batch)
