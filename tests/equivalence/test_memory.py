@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 
 from dllm.core.schedulers import LinearAlphaScheduler
 from dllm.data.collators import PaddingCollator
+from dllm.models.moe import RoutedExperts
 from memdlm.memory.collator import MemoryCollator, inner_plan
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.parametric import ParametricMemory
@@ -29,7 +30,8 @@ def _batch(config: MemoryConfig, lengths=(9, 6, 7)) -> dict:
 
 
 def _settings(**overrides) -> MemoryConfig:
-    return MemoryConfig(**{"inner_rank": 4, "inner_alpha": 8.0, "inner_layer_fraction": 0.5, **overrides})
+    rank = {} if "inner_adapter_type" in overrides else {"inner_rank": 4, "inner_alpha": 8.0}
+    return MemoryConfig(**{"inner_layer_fraction": 0.5, **rank, **overrides})
 
 
 def _loss(logits: torch.Tensor, batch: dict) -> torch.Tensor:
@@ -67,10 +69,26 @@ def _assert_same(first, second) -> None:
         assert torch.equal(gradient, second[1][name]), name
 
 
+VARIANTS = {
+    "default": {},
+    "row": {"scope": "row"},
+    "full": {"inner_adapter_type": "full"},
+    "distill": {"inner_loss_type": "distill"},
+    "distill_hidden_row": {"inner_loss_type": "distill_hidden", "scope": "row"},
+    "no_progressive": {"masking_strategy": "no_progressive"},
+    "progressive_memory": {"masking_strategy": "progressive_memory", "num_inner_steps": 3},
+    "prompt": {"inner_target": "prompt", "prompt_mask_ratio": 0.6},
+    "prompt_row": {"inner_target": "prompt", "prompt_mask_ratio": 0.6, "scope": "row"},
+    "disjoint": {"inner_target": "disjoint"},
+    "disjoint_distill_row": {"inner_target": "disjoint", "inner_loss_type": "distill", "scope": "row"},
+}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_shared_prefix_is_two_passes_bitwise(make_model, family: str) -> None:
+@pytest.mark.parametrize("name", VARIANTS)
+def test_shared_prefix_is_two_passes_bitwise(make_model, name: str, family: str) -> None:
     model = make_model(family).train()
-    config = _settings()
+    config = _settings(**VARIANTS[name])
     batch = _batch(config)
     memory = ParametricMemory(model, config)
     _assert_same(
@@ -94,9 +112,12 @@ def test_shared_prefix_is_two_passes_with_several_steps_before_the_anchor(make_m
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("inner_checkpointing", [True, False])
-def test_activation_checkpointing_changes_nothing(make_model, family: str, inner_checkpointing: bool) -> None:
+@pytest.mark.parametrize("name", VARIANTS)
+def test_activation_checkpointing_changes_nothing(
+    make_model, name: str, family: str, inner_checkpointing: bool
+) -> None:
     model = make_model(family).train()
-    config = _settings(inner_gradient_checkpointing=inner_checkpointing)
+    config = _settings(inner_gradient_checkpointing=inner_checkpointing, **VARIANTS[name])
     batch = _batch(config)
     memory = ParametricMemory(model, config)
     plain = _loss_and_gradients(model, memory, batch)
@@ -105,14 +126,56 @@ def test_activation_checkpointing_changes_nothing(make_model, family: str, inner
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_inner_learning_rate_zero_is_the_plain_model_bitwise(make_model, family: str) -> None:
+@pytest.mark.parametrize("name", VARIANTS)
+def test_inner_learning_rate_zero_is_the_plain_model_bitwise(make_model, name: str, family: str) -> None:
     model = make_model(family).train()
-    config = _settings(inner_lr=0.0)
+    config = _settings(inner_lr=0.0, **VARIANTS[name])
+    if config.scope == "row" and family == "llada_moe":
+        pytest.skip("experts by row multiply padded chunks, which round in another way: see the next test")
     batch = _batch(config)
     loss = _loss(_forward(model, batch), batch)
     loss.backward()
     plain = loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     _assert_same(plain, _loss_and_gradients(model, ParametricMemory(model, config), batch))
+
+
+def test_inner_learning_rate_zero_by_row_is_the_plain_model(make_model) -> None:
+    model = make_model("llada_moe").double()
+    config = _settings(inner_lr=0.0, scope="row")
+    batch = _batch(config)
+    plain = _loss(_forward(model, batch), batch)
+    with_memory, _ = _loss_and_gradients(model, ParametricMemory(model, config), batch)
+    assert torch.allclose(plain, with_memory, rtol=1e-12)  # float64
+    assert not any(block.by_row for block in model.modules() if isinstance(block, RoutedExperts))
+
+
+@pytest.mark.parametrize("scope", ["batch", "row"])
+def test_written_inspected_reset_and_detached_outside_a_trainer(make_model, scope: str) -> None:
+    model = make_model("llada_moe")
+    memory = ParametricMemory(model, _settings(scope=scope, prompt_mask_ratio=0.5))
+    prompts = [[5, 6, 7, 8, 9, 10, 11], [20, 21, 22, 23]]
+    ids = torch.tensor([[5, 6, 7, MASK, MASK], [20, 21, MASK, MASK, 9]])
+    base = model(input_ids=ids).logits
+    assert memory.values() == {}
+    with memory.attached():
+        plan = memory.plan_prompts(prompts, MASK)
+        report = memory.write(plan, memory.initial(plan, "prompt"))
+        assert bool((report.change > 0).all())
+        values = memory.values()
+        rows = (2,) if scope == "row" else ()
+        shapes = {name: tuple(value.shape) for name, value in values.items()}
+        assert shapes["layers.2.mlp.experts.0.gate_proj.A"] == (*rows, 4, 16)
+        assert shapes["layers.2.mlp.experts.0.gate_proj.B"] == (*rows, 12, 4)
+        written = model(input_ids=ids).logits
+        assert not torch.equal(written, base)
+        if scope == "row":
+            with pytest.raises(ValueError, match="a memory of 2 rows"):
+                model(input_ids=ids[:1])
+        memory.reset()
+        assert memory.values() == {} and torch.equal(model(input_ids=ids).logits, base)
+        memory.write(plan, memory.initial(plan, "prompt"))
+        assert torch.equal(model(input_ids=ids).logits, written)
+    assert memory.values() == {} and torch.equal(model(input_ids=ids).logits, base)
 
 
 def test_the_memory_does_something(make_model) -> None:
