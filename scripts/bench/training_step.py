@@ -343,7 +343,11 @@ def print_results(results: dict[str, Any]) -> None:
         print_parts(parts, kind)
     for kind, found in results["ratios"].items():
         print(f"ratio {kind}/plain: {found['ratio']:.2f}")
-        print(f"  of single rounds: {found['smallest']:.2f} to {found['largest']:.2f}")
+        cpu_time = statistics.median(results["cpu_seconds"][kind]) / statistics.median(results["cpu_seconds"][PLAIN])
+        # CPU time tells when another process was in the way; on a GPU it says nothing.
+        print(
+            f"  single rounds {found['smallest']:.2f} to {found['largest']:.2f}, CPU time of the process {cpu_time:.2f}"
+        )
     peaks = results["peak_memory_mib"]
     if peaks is not None:
         shown = f"plain {peaks[PLAIN]:.0f} MiB, memdlm {peaks[MEMDLM]:.0f} MiB"
