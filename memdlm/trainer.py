@@ -17,9 +17,9 @@ from dllm.data.collators import Batch, NoisingCollator
 from dllm.utils.logging import get_default_logger
 from dllm.utils.parsing import InputError
 from memdlm.memory.collator import MemoryCollator, inner_plan
-from memdlm.memory.config import MemoryConfig, flag_fields
+from memdlm.memory.config import FLAG_PREFIX, MemoryConfig, flag_fields
 from memdlm.memory.meters import GapWatch, WriteSums
-from memdlm.memory.parametric import ParametricMemory
+from memdlm.memory.parametric import LayerInputs, Observer, ParametricMemory
 
 logger = get_default_logger(__name__)
 
@@ -35,7 +35,8 @@ class MemDLMConfig(MDLMConfig, _MemoryFlags):  # pyright: ignore[reportGeneralTy
     def __post_init__(self) -> None:
         super().__post_init__()
         memory = self.memory()
-        changed = [name for name, _, setting in flag_fields() if getattr(self, name) != setting.default]
+        names = [(name, name.removeprefix(FLAG_PREFIX), setting.default) for name, _, setting in flag_fields()]
+        changed = [flag for flag, name, default in names if getattr(memory, name) != default]
         if changed and not memory.enabled:
             raise InputError(f"{', '.join(changed)} has no effect without --mem_enabled True")
         uses_ratio = memory.masking_strategy == "progressive_memory" or memory.inner_target == "prompt"
@@ -142,11 +143,10 @@ class MemDLMTrainer(MDLMTrainer):
             prefixes,
             self.memory.initial(plan, *seed_parts),
             reduce_gradient=self._average if training and self._sync_inner else None,
-            before_write=self._observe_loss_without_memory(inputs) if observed else None,
+            before_write=self._observer("loss_without_memory", inputs) if observed else None,
+            after_write=self._observer("loss_with_memory", inputs) if observed else None,
         ):
             outputs = super().forward_loss_positions(model, inputs)
-        if observed:
-            self._observe("loss_with_memory", outputs.logits, inputs)
         if training and self.memory.report is not None:
             self._writes.add(self.memory.report)
         return outputs
@@ -185,17 +185,15 @@ class MemDLMTrainer(MDLMTrainer):
         every = max(1, int(self.state.logging_steps))
         return step % every == 0 or (step == 1 and self.args.logging_first_step)
 
-    def _observe(self, name: str, logits: torch.Tensor, inputs: Batch) -> None:
-        with torch.no_grad():
-            self._observed[name].append(self.weighted_loss(logits, inputs, self.args.loss_norm_type))
+    def _observer(self, name: str, inputs: Batch) -> Observer:
+        """Notes the loss from the split point on; both are taken so, without dropout: only then do they compare."""
 
-    def _observe_loss_without_memory(self, inputs: Batch):
-        def before_write(hidden: torch.Tensor, layer_inputs: dict[str, Any]) -> None:
+        def observe(hidden: torch.Tensor, layer_inputs: LayerInputs) -> None:
             assert self.memory is not None
             logits = self.memory.readout(hidden, layer_inputs, inputs["loss_positions"])
-            self._observe("loss_without_memory", logits, inputs)
+            self._observed[name].append(self.weighted_loss(logits, inputs, self.args.loss_norm_type))
 
-        return before_write
+        return observe
 
     def training_logs(self) -> dict[str, float]:
         """As in `MDLMTrainer`; also the losses of the logged step's batches with and without memory (means over ranks),

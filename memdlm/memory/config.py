@@ -127,14 +127,14 @@ class MemoryConfig:
             ("prompt_mask_ratio", 0 < self.prompt_mask_ratio < 1, "in (0, 1)"),
             (
                 "progressive_consistent_start_scale",
-                self.progressive_consistent_start_scale >= 1,
-                "at least 1",
+                1 <= self.progressive_consistent_start_scale < math.inf,
+                "at least 1 and finite",
             ),
-            ("distill_temperature", self.distill_temperature > 0, "above 0"),
+            ("distill_temperature", 0 < self.distill_temperature < math.inf, "above 0 and finite"),
             ("inner_lr", 0 <= self.inner_lr < math.inf, "at least 0 and finite"),
-            ("inner_grad_clip", self.inner_grad_clip >= 0, "at least 0 (0 turns the clip off)"),
+            ("inner_grad_clip", 0 <= self.inner_grad_clip < math.inf, "at least 0 and finite (0 turns the clip off)"),
             ("inner_rank", self.inner_rank >= 1, "at least 1"),
-            ("inner_alpha", self.inner_alpha > 0, "above 0"),
+            ("inner_alpha", 0 < self.inner_alpha < math.inf, "above 0 and finite"),
             ("inner_dropout", self.inner_dropout == 0, "0: the inner loop runs without dropout"),
             ("inner_layer_fraction", 0 < self.inner_layer_fraction <= 1, "in (0, 1]"),
             (
@@ -153,6 +153,8 @@ class MemoryConfig:
             self.masking_strategy != "pre_only" and self.num_inner_steps == 1
         )
         one_state = self.masking_strategy in ("pre_only", "no_progressive")
+        from_anchor = self.masking_strategy in ("pmc", "pre_only")
+        reveals_nothing = from_anchor and self.progressive_consistent_start_scale == 1
         # (setting, whether another value than the default could have no effect, the setting that is in its way)
         rules = (
             ("distill_temperature", self.inner_loss_type not in ("distill", "distill_reverse"), "inner_loss_type"),
@@ -160,6 +162,8 @@ class MemoryConfig:
             ("inner_loss_mask_mode", self.inner_target == "disjoint", "inner_target"),
             ("inner_loss_mask_mode", ends_without_next and one_state, "masking_strategy"),
             ("inner_loss_mask_mode", ends_without_next, "num_inner_steps"),
+            # The first state masks nothing beside the anchor, so no state reveals anything.
+            ("inner_loss_mask_mode", reveals_nothing, "progressive_consistent_start_scale"),
             ("clip_kind", self.inner_grad_clip == 0, "inner_grad_clip"),
             ("num_inner_steps", one_state and self.num_inner_steps != 1, "masking_strategy"),
             (

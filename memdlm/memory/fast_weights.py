@@ -7,6 +7,7 @@ Shapes: B rows, R rank, P numbers in one memory, G memories (1 for scope batch, 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -123,6 +124,17 @@ ADAPTERS: dict[str, Callable[[MemoryConfig], LowRank | Dense]] = {
 }
 
 
+def repeat_each(values: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
+    """values[..., i] repeated sizes[i] times along the last dimension."""
+    return values.repeat_interleave(_lengths(sizes, values.device), dim=-1, output_size=sum(sizes))
+
+
+@functools.lru_cache(maxsize=8)
+def _lengths(sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    # Kept on the device: copying it there anew in every inner step would wait for the device.
+    return torch.tensor(sizes, device=device)
+
+
 def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x W^T: [..., in] -> [..., out] for a shared weight [out, in], or [B, n, in] -> [B, n, out] for one per row."""
     weight = weight.to(x.dtype)
@@ -160,7 +172,7 @@ class FastWeights:
         linears = [base_linear(module) for module in self.targets.values()]
         self.shapes = [shape for kind in zip(*map(self.adapter.shapes, linears), strict=True) for shape in kind]
         self.bounds = [bound for kind in zip(*map(self.adapter.bounds, linears), strict=True) for bound in kind]
-        self.sizes = [rows * columns for rows, columns in self.shapes]
+        self.sizes = tuple(rows * columns for rows, columns in self.shapes)
         self.numel = sum(self.sizes)
         self._value: torch.Tensor | None = None
         self._matrices: list[tuple[torch.Tensor, ...]] = []  # of each target
@@ -173,11 +185,14 @@ class FastWeights:
 
     def initial(self, *seed_parts: int | str, device: torch.device | str) -> torch.Tensor:
         """Initial values of one memory, flat float32 [P], from a generator on `device` seeded with `seed_parts`."""
-        generator = make_generator(*seed_parts, device=device)
         flat = torch.zeros(self.numel, device=device)
-        for matrix, bound in zip(self.views(flat), self.bounds, strict=True):
-            if bound:
-                matrix.uniform_(-bound, bound, generator=generator)
+        drawn = [(size, bound) for size, bound in zip(self.sizes, self.bounds, strict=True) if bound]
+        if drawn:  # they come first
+            sizes, bounds = zip(*drawn, strict=True)
+            generator = make_generator(*seed_parts, device=device)
+            uniform = torch.rand(sum(sizes), generator=generator, device=device)
+            spread = repeat_each(torch.tensor(bounds, device=device), sizes)
+            flat[: sum(sizes)] = (2 * uniform - 1) * spread
         return flat
 
     def named(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:

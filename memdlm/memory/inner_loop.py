@@ -10,7 +10,8 @@ B for scope row), S inner steps done (K times epochs).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ import torch
 from dllm.core.losses import NormType, chunk_rows, loss_weights, normaliser
 from dllm.core.schedulers import BaseAlphaScheduler
 from memdlm.memory.config import MemoryConfig
-from memdlm.memory.fast_weights import FastWeights
+from memdlm.memory.fast_weights import FastWeights, repeat_each
 from memdlm.memory.objectives import OBJECTIVES, Readout
 from memdlm.memory.plan import InnerPlan, InnerStep
 
@@ -97,7 +98,7 @@ def fit(
     return InnerReport(*columns, change=(phi - initial).norm(dim=-1))
 
 
-def clip_gradient(gradient: torch.Tensor, sizes: Sequence[int], max_norm: float, kind: str) -> torch.Tensor:
+def clip_gradient(gradient: torch.Tensor, sizes: tuple[int, ...], max_norm: float, kind: str) -> torch.Tensor:
     """`gradient` [G, P] with each row scaled by min(1, max_norm / norm), per tensor of `sizes` ("tensor") or as a whole
     ("global"): [G, P].
 
@@ -108,11 +109,24 @@ def clip_gradient(gradient: torch.Tensor, sizes: Sequence[int], max_norm: float,
     if kind == "global":
         return gradient * (max_norm / (gradient.norm(dim=-1, keepdim=True) + CLIP_EPSILON)).clamp(max=1)
     # Two kernels for hundreds of matrices: all norms at once, and one product with each matrix's factor repeated.
-    parts = [part for memory in gradient.unbind() for part in memory.split(list(sizes))]
+    parts = [part for memory in gradient.unbind() for part in memory.split(sizes)]
     norms = torch.stack(torch._foreach_norm(parts))  # pyright: ignore[reportPrivateImportUsage]
     factors = (max_norm / (norms + CLIP_EPSILON)).clamp(max=1).view(len(gradient), -1)  # [G, T]
-    lengths = torch.tensor(sizes).to(gradient.device, non_blocking=True)
-    return gradient * factors.repeat_interleave(lengths, dim=1, output_size=gradient.shape[1])
+    return gradient * repeat_each(factors, sizes)
+
+
+@contextlib.contextmanager
+def no_autocast_cache() -> Iterator[None]:
+    """A block in which autocast keeps no low-precision copies of weights.
+
+    A copy made without gradients and used again by the outer forward would cut that weight off from its gradient.
+    """
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
 
 
 def _gradient(
@@ -133,7 +147,7 @@ def _gradient(
         leaf = phi.detach().requires_grad_()
         fast.set(leaf)
         student = network.hidden_at(step.student, positions)  # [N, D]
-    with torch.no_grad():
+    with torch.no_grad(), no_autocast_cache():
         teacher = None if step.teacher is None else network.hidden_at(step.teacher, positions)
     losses, slopes = _losses_and_slopes(student.detach(), teacher, step.targets, network, config)
     rows = positions // plan.length  # [N]
@@ -161,7 +175,12 @@ def _losses_and_slopes(
     """
     objective = OBJECTIVES[config.inner_loss_type].function
     size = chunk_rows(network.vocabulary, student.device, HEAD_CHUNK_SCALE)
-    fixed_head = torch.no_grad()(network.head)
+
+    @torch.no_grad()
+    def fixed_head(hidden: torch.Tensor) -> torch.Tensor:
+        with no_autocast_cache():
+            return network.head(hidden)
+
     losses, slopes = [], []
     for start in range(0, len(student), size):
         part = slice(start, start + size)

@@ -70,8 +70,8 @@ class GapWatch:
 
     MESSAGE = (
         "the loss without memory rises while the loss with memory falls: the memory, which has seen the labels, does "
-        "the work and the model unlearns it (docs/memory.md); use mem_inner_target=disjoint or prompt, "
-        "mem_scope=batch, or a smaller mem_inner_lr"
+        "the work and the model unlearns it (docs/memory.md); use mem_inner_target=disjoint or prompt, a smaller "
+        "mem_inner_lr, or mem_scope=batch where it is row"
     )
 
     def __init__(self, window: int = 10, margin: float = 0.01) -> None:

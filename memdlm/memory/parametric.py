@@ -25,11 +25,12 @@ from dllm.models.spec import spec_of
 from dllm.utils.parsing import InputError
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.fast_weights import FastWeights, find_targets, first_adapted_layer
-from memdlm.memory.inner_loop import InnerReport, Network, fit
+from memdlm.memory.inner_loop import InnerReport, Network, fit, no_autocast_cache
 from memdlm.memory.plan import InnerPlan, plan_prompts
 
 LayerInputs = dict[str, Any]
 Reduce = Callable[[torch.Tensor], torch.Tensor]
+Observer = Callable[[torch.Tensor, LayerInputs], None]
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,8 @@ class ParametricMemory:
         initial: torch.Tensor,
         *,
         reduce_gradient: Reduce | None = None,
-        before_write: Callable[[torch.Tensor, LayerInputs], None] | None = None,
+        before_write: Observer | None = None,
+        after_write: Observer | None = None,
     ) -> Iterator[None]:
         """While open, a forward of the model on the outer state writes the memory at the split point and goes on with
         it.
@@ -174,7 +176,8 @@ class ParametricMemory:
             prefixes: what `prefixes(plan)` gave.
             initial: phi_0 [G, P] (see `initial`).
             reduce_gradient: see `memdlm.memory.inner_loop.fit`.
-            before_write: called with (hidden, layer inputs) at the split point, no memory in place, no gradients.
+            before_write, after_write: called with (hidden, layer inputs) at the split point, without and with the
+                memory in place, without gradients and dropout.
 
         Raises:
             InputError: the model checkpoints activations in the reentrant way.
@@ -182,16 +185,20 @@ class ParametricMemory:
 
         def callback(hidden: torch.Tensor, layer_inputs: LayerInputs) -> torch.Tensor:
             anchor = hidden.detach()
-            if before_write is not None:
-                self.reset()
-                with torch.no_grad(), evaluating(self.backbone), _no_autocast_cache():
-                    before_write(anchor, layer_inputs)
+            self.reset()
+            self._observe(before_write, anchor, layer_inputs)
             self._write(plan, prefixes, anchor, layer_inputs, initial, reduce_gradient)
+            self._observe(after_write, anchor, layer_inputs)
             return hidden
 
         _refuse_reentrant(self.backbone)
         with at_layer(self.backbone, self.start, callback):
             yield
+
+    def _observe(self, observer: Observer | None, hidden: torch.Tensor, layer_inputs: LayerInputs) -> None:
+        if observer is not None:
+            with torch.no_grad(), evaluating(self.backbone), no_autocast_cache():
+                observer(hidden, layer_inputs)
 
     @torch.no_grad()
     def write(self, plan: InnerPlan, initial: torch.Tensor, *, reduce_gradient: Reduce | None = None) -> InnerReport:
@@ -260,15 +267,3 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
-
-
-@contextlib.contextmanager
-def _no_autocast_cache() -> Iterator[None]:
-    # autocast keeps the low-precision copy of a weight for the whole forward. A copy made without gradients, used again
-    # by the outer forward, would cut that weight off from its gradient.
-    enabled = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(enabled)

@@ -126,7 +126,8 @@ def plan_prompts(
 ) -> InnerPlan:
     """The plan for writing a memory from prompts outside training (on the CPU, see `InnerPlan.to`).
 
-    All draws of a prompt depend on (config.seed, its tokens) alone, so that one prompt always gives one memory.
+    All draws of a prompt depend on (config.seed, its tokens) alone, so that with scope row one prompt always gives one
+    memory, whatever stands beside it; with scope batch all of them share one.
 
     Args:
         prompts: token ids of each prompt, of any length.
@@ -212,7 +213,7 @@ def _plan(
         hidden: positions whose true token no input may show, bool [B, L].
         apart: see `InnerPlan`.
     """
-    clean = torch.zeros_like(rows.is_masked) if hidden is None else hidden
+    clean = torch.zeros_like(rows.is_masked) if hidden is None else hidden  # masks of the least masked input
     inputs: list[torch.Tensor] = []
 
     def index_of(mask: torch.Tensor) -> int:

@@ -20,7 +20,7 @@ ROWS, LENGTH, VOCABULARY = 3, 7, 11
 @pytest.mark.parametrize("kind", ["tensor", "global"])
 @pytest.mark.parametrize("max_norm", [0.0, 0.01, 1.0, 100.0])
 def test_clip_equals_the_formula(kind: str, max_norm: float) -> None:
-    sizes = [6, 1, 12, 3]
+    sizes = (6, 1, 12, 3)
     gradient = torch.randn(2, sum(sizes), dtype=torch.float64)
     gradient[:, 6] = 0.0  # a tensor with zero gradient stays zero
     gradient[1] *= 7  # each memory is clipped on its own

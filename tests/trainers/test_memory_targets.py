@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from dllm.core.trainers import MDLMConfig, MDLMTrainer
 from memdlm import MemDLMConfig, MemDLMTrainer
@@ -113,6 +114,22 @@ def test_a_step_that_is_not_finite_is_counted_in_the_log(load, tokenizer, rows, 
     assert first["mem_inner_skipped_2"] == 0.25 and first["mem_nonfinite_rows"] == 1.0
     assert second["mem_inner_skipped_2"] == 0 and "mem_nonfinite_rows" not in second
     assert all(bool(value.isfinite().all()) for value in trainer.lm.state_dict().values())
+
+
+def test_dropout_makes_no_gap(load, tokenizer, rows, tmp_path) -> None:
+    model = get_peft_model(load(), LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.5))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    trainer = _trainer(model, tokenizer, rows, tmp_path, mem_inner_lr=0.0)
+    trainer.train()
+    assert all(entry["memory_gap"] == 0 for entry in _logs(trainer)) and len(_logs(trainer)) == 2
+
+
+def test_an_alias_of_the_default_is_no_change(tmp_path) -> None:
+    alias = "progressive_memory_consistent"
+    assert not MemDLMConfig(output_dir=str(tmp_path), use_cpu=True, mem_masking_strategy=alias).memory().enabled
 
 
 def test_settings_of_the_prompt_reach_it(load, tokenizer, rows, tmp_path) -> None:
