@@ -1,4 +1,4 @@
-"""Two processes under DDP (gloo, CPU) against one."""
+"""Two processes under DDP (gloo, CPU) against one; more of the memory is in test_memory_ddp.py."""
 
 import json
 import os
@@ -55,16 +55,6 @@ def test_two_processes_train_as_one_on_the_same_global_batch(checkpoint, tmp_pat
         assert ranks[0]["weights"][name] == pytest.approx(value, rel=1e-3, abs=1e-3), name
     # Over all ranks, weighted by tokens: the same number on every rank and as in one process.
     assert ranks[0]["eval_nll"] == ranks[1]["eval_nll"] == pytest.approx(single["eval_nll"], rel=1e-4)
-
-
-@pytest.mark.parametrize("sync", [True, False])
-def test_inner_gradients_are_averaged_when_asked(checkpoint, tmp_path, sync: bool) -> None:
-    settings = {**MEMORY, "mem_sync_inner": sync, "gradient_checkpointing": sync}
-    first, second = _run(checkpoint, tmp_path / "two", 2, per_device_train_batch_size=2, **settings)
-    assert len(first["written"]) == len(second["written"]) >= 3
-    training = slice(0, 3)  # evaluation writes each rank's own
-    assert (first["written"][training] == second["written"][training]) == sync
-    assert first["weights"] == second["weights"]
 
 
 def _written(output: pathlib.Path, processes: int) -> list[list[torch.Tensor]]:
