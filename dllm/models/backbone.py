@@ -23,7 +23,7 @@ from transformers.utils.generic import ModelOutput
 
 from dllm.core.attention import prepare_mask
 from dllm.core.split import LayerInputs, SplitCallback, SplitState
-from dllm.models.layers import RMSNorm, RotaryEmbedding
+from dllm.models.layers import RMSNorm, RotaryEmbedding, pick
 from dllm.models.moe import Router, RouterRecorder, load_balancing_loss
 
 Mask = torch.Tensor | BlockMask
@@ -96,8 +96,8 @@ class Backbone(FamilyModel):
     """Embedding, layers, final norm.
 
     A family sets `rotary_emb` and provides `embedding`, `layers` and `final_norm`; a layer is called as
-    `layer(hidden, **layer_inputs)` and returns one tensor [B, L, D]. Its configuration has `initializer_range` and
-    `output_router_logits`.
+    `layer(hidden, **layer_inputs)` and returns one tensor [B, L, D] (in a replay also as `layer(..., wanted=...)`, see
+    `run_layers`). Its configuration has `initializer_range` and `output_router_logits`.
     """
 
     rotary_emb: RotaryEmbedding
@@ -176,9 +176,16 @@ class Backbone(FamilyModel):
         )
 
     def run_layers(
-        self, hidden: torch.Tensor, layer_inputs: LayerInputs, start: int, checkpoint: bool = False
+        self,
+        hidden: torch.Tensor,
+        layer_inputs: LayerInputs,
+        start: int,
+        checkpoint: bool = False,
+        wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Layers `start` and up and the final norm: [B, L, D]. Feeds no cache, recorder or split callback.
+        """Layers `start` and up and the final norm: [B, L, D], or [R, n, D] at the positions `wanted`.
+
+        Feeds no cache, recorder or split callback.
 
         Args:
             hidden: input of layer `start`, [B, L, D].
@@ -186,14 +193,19 @@ class Backbone(FamilyModel):
             start: 0 to num_layers (the final norm alone).
             checkpoint: recompute each layer in backward instead of keeping its activations, whatever the model's own
                 activation checkpointing and train / eval mode say; False keeps them.
+            wanted: int64 [R, n], flat indices into [B * L]. Nothing above the last attention mixes positions, so what
+                comes after it is computed for these only; the last layer's feed-forward part sees them as R rows.
 
         Raises:
             ValueError: no such layer.
         """
         self._check_layer(start, "start")
+        if start == len(self.layers):
+            return self.final_norm(pick(hidden, wanted))
         inputs = for_replay(layer_inputs)
-        for layer in list(self.layers)[start:]:
-            run = _plain_call(layer, inputs)
+        for index in range(start, len(self.layers)):
+            is_last = index == len(self.layers) - 1
+            run = _plain_call(self.layers[index], {**inputs, "wanted": wanted if is_last else None})
             if checkpoint and torch.is_grad_enabled():
                 hidden = run_checkpointed(run, hidden, use_reentrant=False)
             else:

@@ -72,6 +72,13 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
+def pick(x: torch.Tensor, wanted: torch.Tensor | None) -> torch.Tensor:
+    """x [B, L, D] at the flat positions `wanted` [R, n] into [B * L]: [R, n, D]; `x` itself for None."""
+    if wanted is None:
+        return x
+    return x.flatten(0, 1).index_select(0, wanted.flatten()).view(*wanted.shape, -1)
+
+
 class SwiGLU(nn.Module):
     """down_proj(silu(gate_proj x) * up_proj x): [..., D] -> [..., D], without biases."""
 

@@ -14,7 +14,7 @@ from transformers import Cache, PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dllm.models.backbone import Backbone, DiffusionLM, Mask
-from dllm.models.layers import AttentionMixin, RMSNorm, RotaryEmbedding
+from dllm.models.layers import AttentionMixin, RMSNorm, RotaryEmbedding, pick
 from dllm.models.moe import RouterRecorder
 
 
@@ -179,15 +179,16 @@ class LLaDABlock(GradientCheckpointingLayer, AttentionMixin):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         past_key_values: Cache | None = None,
         recorder: RouterRecorder | None = None,
+        wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[B, L, D] -> [B, L, D]; there is no router to record."""
+        """[B, L, D] -> [B, L, D], or [R, n, D] at the flat positions `wanted` [R, n]; there is no router to record."""
         normed = self.attn_norm(hidden)
         query, key, value = self.q_proj(normed), self.k_proj(normed), self.v_proj(normed)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = (self.split_heads(x) for x in (query, key, value))
         attended = self.attend(query, key, value, attention_mask, position_embeddings, past_key_values)
-        hidden = hidden + self.dropout(self.attn_out(attended))
+        hidden = pick(hidden, wanted) + self.dropout(self.attn_out(pick(attended, wanted)))
         normed = self.ff_norm(hidden)
         return hidden + self.dropout(self.ff_out(F.silu(self.ff_proj(normed)) * self.up_proj(normed)))
 

@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from dllm.models.backbone import Backbone, DiffusionLM, Mask
-from dllm.models.layers import AttentionMixin, RMSNorm, RotaryEmbedding, SwiGLU
+from dllm.models.layers import AttentionMixin, RMSNorm, RotaryEmbedding, SwiGLU, pick
 from dllm.models.moe import RouterRecorder, SparseMoE
 
 logger = logging.get_logger(__name__)
@@ -164,13 +164,15 @@ class LLaDAMoEAttention(nn.Module, AttentionMixin):
         attention_mask: Mask | None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         past_key_values: Cache | None,
+        wanted: torch.Tensor | None,
     ) -> torch.Tensor:
         query, key, value = (self.split_heads(f(hidden)) for f in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         if self.clip is not None:
             query, key = (x.clamp(-self.clip, self.clip) for x in (query, key))
-        return self.o_proj(self.attend(query, key, value, attention_mask, position_embeddings, past_key_values))
+        attended = self.attend(query, key, value, attention_mask, position_embeddings, past_key_values)
+        return self.o_proj(pick(attended, wanted))
 
 
 class LLaDAMoELayer(GradientCheckpointingLayer):
@@ -204,10 +206,12 @@ class LLaDAMoELayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         past_key_values: Cache | None = None,
         recorder: RouterRecorder | None = None,
+        wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[B, L, D] -> [B, L, D]."""
+        """[B, L, D] -> [B, L, D], or [R, n, D] at the flat positions `wanted` [R, n]."""
         normed = self.input_layernorm(hidden)
-        hidden = hidden + self.self_attn(normed, attention_mask, position_embeddings, past_key_values)
+        attended = self.self_attn(normed, attention_mask, position_embeddings, past_key_values, wanted)
+        hidden = pick(hidden, wanted) + attended
         normed = self.post_attention_layernorm(hidden)
         if isinstance(self.mlp, SparseMoE):
             output = self.mlp(normed, recorder)

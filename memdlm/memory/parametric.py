@@ -20,6 +20,7 @@ from torch import nn
 from dllm.core.schedulers import BaseAlphaScheduler, LinearAlphaScheduler
 from dllm.core.split import at_layer
 from dllm.models.backbone import Backbone, unwrap
+from dllm.models.layers import pick
 from dllm.models.moe import RoutedExperts
 from dllm.models.spec import spec_of
 from dllm.utils.parsing import InputError
@@ -218,8 +219,11 @@ class ParametricMemory:
         """What the head needs for `readout`: hidden states after the final norm, [N, D]."""
         recomputes = any(layer.gradient_checkpointing for layer in self.backbone.layers)
         checkpoint = self.config.inner_gradient_checkpointing and recomputes
-        last = self.backbone.run_layers(hidden, layer_inputs, self.start, checkpoint=checkpoint)
-        return last.flatten(0, 1)[positions - self.spec.logit_shift]
+        wanted = (positions - self.spec.logit_shift)[None]  # [1, N]
+        if not self.fast.by_row:
+            return self.backbone.run_layers(hidden, layer_inputs, self.start, checkpoint, wanted)[0]
+        # One memory per row: the layers must see rows.
+        return pick(self.backbone.run_layers(hidden, layer_inputs, self.start, checkpoint), wanted)[0]
 
     def _write(
         self,

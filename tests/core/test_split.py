@@ -68,6 +68,26 @@ def test_prefix_then_suffix_is_the_forward(model, batch, layer):
         assert equal(left, gradients(model, (replayed * weight).sum()))
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("shape", [(1, 6), (3, 2)])
+@pytest.mark.parametrize("layer", range(NUM_LAYERS + 1))
+def test_the_last_layer_may_run_on_wanted_positions_alone(model, batch, layer, shape, checkpoint):
+    model.double()
+    wanted = torch.tensor([0, 3, 8, 9, 17, 20]).view(shape)
+    states = [model.backbone(**batch, stop_at=layer) for _ in range(2)]
+    whole = model.backbone.run_layers(states[0].hidden, states[0].layer_inputs, layer).flatten(0, 1)[wanted]
+    got = model.backbone.run_layers(states[1].hidden, states[1].layer_inputs, layer, checkpoint, wanted)
+    assert got.shape == (*shape, whole.shape[-1])
+    # float64; a product over fewer rows may round in another way.
+    assert torch.allclose(got, whole, rtol=1e-12, atol=1e-12)
+    weight = torch.linspace(-1, 1, got.numel(), dtype=torch.float64).view_as(got)
+    expected, actual = (gradients(model, (value * weight).sum()) for value in (whole, got))
+    for left, right in zip(expected, actual, strict=True):
+        left = torch.zeros(()) if left is None else left
+        right = torch.zeros(()) if right is None else right
+        assert torch.allclose(left, right, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("layer", range(NUM_LAYERS))
 def test_a_callback_that_returns_its_input_changes_nothing(model, batch, layer, checkpointing):

@@ -386,7 +386,7 @@ def test_the_lower_layers_see_each_state_once(make_model, family: str, objective
     layers = [model.backbone.layers[index] for index in rows]
 
     def note(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        rows[2 * layers.index(module)].append(len(output))
+        rows[2 * layers.index(module)].append(len(args[0]))
 
     with _hooked(layers, note):
         _written(model, config, batch)

@@ -178,7 +178,8 @@ def test_before_write_sees_the_base_model_even_after_an_earlier_write(make_model
             assert not torch.equal(_forward(model, batch), base)  # a memory is in place
             with memory.writing(plan, memory.prefixes(plan), memory.initial(plan, 1), before_write=observe):
                 _forward(model, batch)
-    assert len(seen) == 1 and torch.equal(seen[0], base)
+    # The replay runs the last experts on the loss positions alone, and float32 products vary with shape.
+    assert len(seen) == 1 and torch.allclose(seen[0], base, rtol=1e-5, atol=1e-5)
 
 
 def test_a_later_step_that_is_not_finite_keeps_the_earlier_ones(make_model) -> None:
