@@ -16,16 +16,16 @@ WeightType = Literal["scheduler", "uniform"]
 NormType = Literal["token", "sequence", "batch"]
 
 
-# Logits that one chunk of positions may hold: on a CPU the intermediates of a chunk then stay in its cache, on an
-# accelerator they stay small beside the model.
-CPU_CHUNK_LOGITS, DEVICE_CHUNK_LOGITS = 2**20, 2**27
+# Logits that one chunk of positions may hold. What is computed element by element on a CPU should stay in its cache; on
+# an accelerator a chunk should be small beside the model.
+CPU_CHUNK_LOGITS, DEVICE_CHUNK_LOGITS = 2**19, 2**27
 
 
-def chunk_rows(vocabulary: int, device: torch.device, scale: int = 1) -> int:
-    """How many positions to work on at a time where each has `vocabulary` logits, at least 1; `scale` times as many as
-    the usual chunk holds."""
-    budget = CPU_CHUNK_LOGITS if device.type == "cpu" else DEVICE_CHUNK_LOGITS
-    return max(1, scale * budget // vocabulary)
+def chunk_rows(vocabulary: int, device: torch.device, cpu_logits: int | None = None) -> int:
+    """How many positions with `vocabulary` logits each to work on at a time, at least 1; on a CPU those that hold
+    `cpu_logits` (None: CPU_CHUNK_LOGITS)."""
+    on_cpu = CPU_CHUNK_LOGITS if cpu_logits is None else cpu_logits
+    return max(1, (on_cpu if device.type == "cpu" else DEVICE_CHUNK_LOGITS) // vocabulary)
 
 
 def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -24,8 +24,8 @@ from memdlm.memory.objectives import OBJECTIVES, Readout
 from memdlm.memory.plan import InnerPlan, InnerStep
 
 CLIP_EPSILON = 1e-12  # keeps the clip factor finite for a zero gradient
-# An inner step needs head and loss of a chunk at once: fewer, larger chunks than the loss alone keep the products fast.
-HEAD_CHUNK_SCALE = 4
+# On a CPU the product with the head wants more positions at a time than the loss does (`dllm.core.losses.chunk_rows`).
+HEAD_CPU_CHUNK_LOGITS = 2**23
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _losses_and_slopes(
     A chunk of positions at a time, forward and backward: the logits of all of them are never held at once.
     """
     objective = OBJECTIVES[config.inner_loss_type].function
-    size = chunk_rows(network.vocabulary, student.device, HEAD_CHUNK_SCALE)
+    size = chunk_rows(network.vocabulary, student.device, HEAD_CPU_CHUNK_LOGITS)
 
     @torch.no_grad()
     def fixed_head(hidden: torch.Tensor) -> torch.Tensor:

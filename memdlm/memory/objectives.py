@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from dllm.core.losses import token_nll
+from dllm.core.losses import chunk_rows, token_nll
 from memdlm.memory.config import MemoryConfig
 
 
@@ -51,7 +51,7 @@ def cross_entropy(
 def distill(student: Readout, teacher: Readout | None, targets: torch.Tensor, config: MemoryConfig) -> torch.Tensor:
     """KL(teacher || student) of the distributions at temperature tau, [N]; no factor tau^2."""
     assert teacher is not None
-    return _kl(_log_probabilities(teacher.logits, config), _log_probabilities(student.logits, config))
+    return _kl(teacher.logits, student.logits, config.distill_temperature)
 
 
 def distill_reverse(
@@ -59,7 +59,7 @@ def distill_reverse(
 ) -> torch.Tensor:
     """KL(student || teacher) of the distributions at temperature tau, [N]; no factor tau^2."""
     assert teacher is not None
-    return _kl(_log_probabilities(student.logits, config), _log_probabilities(teacher.logits, config))
+    return _kl(student.logits, teacher.logits, config.distill_temperature)
 
 
 def distill_hidden(
@@ -78,12 +78,18 @@ def _cosine_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tens
     return 1 - F.cosine_similarity(student, teacher, dim=-1)
 
 
-def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1)
+def _kl(p_logits: torch.Tensor, q_logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """KL(softmax(p / temperature) || softmax(q / temperature)), [N], a chunk of positions at a time."""
+    rows = chunk_rows(p_logits.shape[-1], p_logits.device)
+    chunks = zip(p_logits.split(rows), q_logits.split(rows), strict=True)
+    return torch.cat([_kl_of_chunk(p, q, temperature) for p, q in chunks])
 
 
-def _log_probabilities(logits: torch.Tensor, config: MemoryConfig) -> torch.Tensor:
-    return (_wide(logits) / config.distill_temperature).log_softmax(dim=-1)
+def _kl_of_chunk(p_logits: torch.Tensor, q_logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    p, q = _wide(p_logits), _wide(q_logits)
+    if temperature != 1:  # a division is a pass over all logits, forward and backward
+        p, q = p / temperature, q / temperature
+    return F.kl_div(q.log_softmax(dim=-1), p.log_softmax(dim=-1), reduction="none", log_target=True).sum(dim=-1)
 
 
 def _wide(values: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 
 from dllm.core import losses
 from dllm.core.schedulers import LinearAlphaScheduler
+from memdlm.memory import inner_loop
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.fast_weights import FastWeights
 from memdlm.memory.inner_loop import Network, clip_gradient, fit
@@ -120,6 +121,7 @@ def test_the_size_of_a_chunk_does_not_matter(objective: str, monkeypatch) -> Non
     # Without another state the teacher is the student itself at phi; two steps make its slope differ from zero for ce.
     whole, written = toy.fit(dataclasses.replace(toy.step, teacher=0 if objective != "ce" else None))
     monkeypatch.setattr(losses, "CPU_CHUNK_LOGITS", 2 * VOCABULARY)
+    monkeypatch.setattr(inner_loop, "HEAD_CPU_CHUNK_LOGITS", 5 * VOCABULARY)
     parts, written_in_parts = toy.fit(dataclasses.replace(toy.step, teacher=0 if objective != "ce" else None))
     # Products over fewer rows may round in another way.
     assert torch.allclose(written, written_in_parts, rtol=1e-5, atol=1e-7)
