@@ -83,6 +83,10 @@ class LLaDAConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs) -> None:
+        # Before anything is derived from them: transformers' names for the same fields arrive among the rest.
+        for alias, name in self.attribute_map.items():
+            if alias in kwargs:
+                setattr(self, name, kwargs.pop(alias))
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
         self.tie_word_embeddings = self.weight_tying

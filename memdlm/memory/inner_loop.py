@@ -50,7 +50,7 @@ class InnerReport:
     losses: torch.Tensor  # [S, G]
     grad_norms: torch.Tensor  # [S, G], of the whole gradient, before the clip
     changes: torch.Tensor  # [S, G], |phi_k - phi_{k-1}|
-    skipped: torch.Tensor  # [S, G], 1 where the step was left out: nothing to predict, or not finite
+    skipped: torch.Tensor  # [S, G], 1 where the memory did not move: nothing to predict, not finite, or no slope
     empty_rows: torch.Tensor  # [S], rows with nothing to predict
     bad_rows: torch.Tensor  # [S], rows left out because their loss is not finite
     change: torch.Tensor  # [G], |phi_S - phi_0|

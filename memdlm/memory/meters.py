@@ -43,7 +43,8 @@ class WriteSums:
 
         mem_inner_loss_k, mem_inner_grad_norm_k (before the clip), mem_inner_change_k (|phi_k - phi_{k-1}|): means
             over the memories that moved; a step in which none did has no entry
-        mem_inner_skipped_k: share of memories that did not move (nothing to predict, or not finite)
+        mem_inner_skipped_k: share of memories that did not move (nothing to predict, not finite, or no
+            slope)
         mem_change: mean |phi_S - phi_0|
         mem_empty_rows, mem_nonfinite_rows: how often a row had nothing to predict in a step, or was left out since
             its loss was not finite; only where it happened

@@ -217,6 +217,8 @@ class ParametricMemory:
 
     def hidden_at(self, hidden: torch.Tensor, layer_inputs: LayerInputs, positions: torch.Tensor) -> torch.Tensor:
         """What the head needs for `readout`: hidden states after the final norm, [N, D]."""
+        if len(positions) == 0:  # a batch without a masked position
+            return hidden.flatten(0, 1)[positions]
         recomputes = any(layer.gradient_checkpointing for layer in self.backbone.layers)
         checkpoint = self.config.inner_gradient_checkpointing and recomputes
         wanted = (positions - self.spec.logit_shift)[None]  # [1, N]

@@ -162,7 +162,7 @@ def checkpoint(tmp_path_factory):
     )
 
 
-def _trainer(checkpoint, folder, **settings) -> MemDLMTrainer:
+def _trainer(checkpoint, folder, labelled: bool = True, **settings) -> MemDLMTrainer:
     config, spec = load_config(checkpoint)
     assert spec is not None
     model = spec.model_class.from_pretrained(checkpoint, config=config, dtype=torch.float32)
@@ -170,7 +170,9 @@ def _trainer(checkpoint, folder, **settings) -> MemDLMTrainer:
     rows = []
     for index in range(4):
         ids = torch.randint(20, 200, (20,), generator=generator).tolist()
-        rows.append({"input_ids": ids, "labels": [-100] * 4 + ids[4:], "example_id": index})
+        rows.append(
+            {"input_ids": ids, "labels": [-100] * 4 + ids[4:] if labelled else [-100] * 20, "example_id": index}
+        )
     defaults = {
         "output_dir": str(folder),
         "use_cpu": True,
@@ -386,6 +388,21 @@ def test_a_loss_that_is_not_finite_is_counted_in_the_log_and_training_goes_on(
     assert first["mem_inner_skipped_2"] == 0 and first["mem_change"] > 0  # the next step goes on from the next state
     assert "mem_nonfinite_rows" not in second and second["mem_inner_skipped_1"] < 1
     assert all(bool(parameter.isfinite().all()) for parameter in trainer.lm.parameters())
+
+
+@pytest.mark.parametrize("scope", ["batch", "row"])
+@pytest.mark.parametrize("target", ["response", "prompt", "disjoint"])
+@pytest.mark.parametrize("objective", ["ce", "distill", "distill_hidden"])
+def test_a_batch_without_labels_is_trained_through(
+    checkpoint, tmp_path, scope: str, target: str, objective: str
+) -> None:
+    settings = {"mem_scope": scope, "mem_inner_target": target, "mem_inner_loss_type": objective}
+    trainer = _trainer(checkpoint, tmp_path, **settings, labelled=False)
+    before = {name: value.clone() for name, value in trainer.lm.state_dict().items()}
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["loss_without_memory"] for entry in logs] == [0.0, 0.0] and logs[-1]["empty_batches"] == 2
+    assert all(torch.equal(value, before[name]) for name, value in trainer.lm.state_dict().items())
 
 
 # --- cost ---

@@ -183,3 +183,11 @@ def test_spec_checks_itself(family):
         ModelSpec(**fields)
     with pytest.raises(ValueError, match="block_size"):
         ModelSpec(**{**asdict(get_spec(family)), "block_size": 4})
+
+
+def test_sizes_may_be_given_under_the_names_of_transformers() -> None:
+    config = LLaDAConfig(hidden_size=256, num_attention_heads=64, num_hidden_layers=3, intermediate_size=48)
+    assert (config.d_model, config.n_heads, config.n_layers, config.mlp_hidden_size) == (256, 64, 3, 48)
+    assert config.n_kv_heads == 64 and config.head_dim == 4
+    assert LLaDAConfig(num_attention_heads=16, hidden_size=256).key_heads == 16
+    assert LLaDAConfig(num_attention_heads=16, num_key_value_heads=4, hidden_size=256).key_heads == 4
