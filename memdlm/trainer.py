@@ -85,7 +85,8 @@ class MemDLMTrainer(MDLMTrainer):
         if not self.memory_config.enabled:
             return
         self._refuse_engines()
-        self.memory = ParametricMemory(self.lm, self.memory_config, self.scheduler_alpha)
+        assert self.model is not None
+        self.memory = ParametricMemory(self.model, self.memory_config, self.scheduler_alpha)
         fast = self.memory.fast
         logger.info(
             f"memory: {len(fast.targets)} linears from layer {self.memory.start} on, {fast.numel:,} fast weights; "
@@ -101,6 +102,7 @@ class MemDLMTrainer(MDLMTrainer):
         self._writes = WriteSums()
         self._gap = GapWatch()
         self._timer = DeviceTimer(self.args.device)
+        self._reads_timer = self.args.logging_strategy != IntervalStrategy.NO
         self._observed: dict[str, list[torch.Tensor]] = {"loss_with_memory": [], "loss_without_memory": []}
 
     def _warn(self, message: str) -> None:
@@ -133,7 +135,7 @@ class MemDLMTrainer(MDLMTrainer):
         plan = inner_plan(inputs)
         training = model.training
         observed = training and self._logs_this_step
-        self.memory.timer = self._timer if training else contextlib.nullcontext()
+        self.memory.timer = self._timer if training and self._reads_timer else contextlib.nullcontext()
         # A block of its own: weights that autocast copies here, without gradients, must not reach the forward below.
         with self.accelerator.autocast():
             prefixes = self.memory.prefixes(plan)

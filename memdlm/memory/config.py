@@ -122,8 +122,8 @@ class MemoryConfig:
 
     def _check_ranges(self) -> None:
         rules = (
-            ("num_inner_steps", self.num_inner_steps >= 1, "at least 1"),
-            ("num_inner_epochs", self.num_inner_epochs >= 1, "at least 1"),
+            ("num_inner_steps", _counts(self.num_inner_steps), "an integer of at least 1"),
+            ("num_inner_epochs", _counts(self.num_inner_epochs), "an integer of at least 1"),
             ("prompt_mask_ratio", 0 < self.prompt_mask_ratio < 1, "in (0, 1)"),
             (
                 "progressive_consistent_start_scale",
@@ -133,7 +133,7 @@ class MemoryConfig:
             ("distill_temperature", 0 < self.distill_temperature < math.inf, "above 0 and finite"),
             ("inner_lr", 0 <= self.inner_lr < math.inf, "at least 0 and finite"),
             ("inner_grad_clip", 0 <= self.inner_grad_clip < math.inf, "at least 0 and finite (0 turns the clip off)"),
-            ("inner_rank", self.inner_rank >= 1, "at least 1"),
+            ("inner_rank", _counts(self.inner_rank), "an integer of at least 1"),
             ("inner_alpha", 0 < self.inner_alpha < math.inf, "above 0 and finite"),
             ("inner_dropout", self.inner_dropout == 0, "0: the inner loop runs without dropout"),
             ("inner_layer_fraction", 0 < self.inner_layer_fraction <= 1, "in (0, 1]"),
@@ -155,6 +155,11 @@ class MemoryConfig:
         one_state = self.masking_strategy in ("pre_only", "no_progressive")
         from_anchor = self.masking_strategy in ("pmc", "pre_only")
         reveals_nothing = from_anchor and self.progressive_consistent_start_scale == 1
+        stands_still = (
+            self.masking_strategy == "progressive_memory"
+            and self.num_inner_steps > 1
+            and self.prompt_mask_ratio == PROGRESSIVE_START_RATIO
+        )
         # (setting, whether another value than the default could have no effect, the setting that is in its way)
         rules = (
             ("distill_temperature", self.inner_loss_type not in ("distill", "distill_reverse"), "inner_loss_type"),
@@ -164,6 +169,9 @@ class MemoryConfig:
             ("inner_loss_mask_mode", ends_without_next, "num_inner_steps"),
             # The first state masks nothing beside the anchor, so no state reveals anything.
             ("inner_loss_mask_mode", reveals_nothing, "progressive_consistent_start_scale"),
+            # A teacher that sees what the student sees.
+            ("inner_loss_type", reveals_nothing, "progressive_consistent_start_scale"),
+            ("inner_loss_type", stands_still, "prompt_mask_ratio"),
             ("clip_kind", self.inner_grad_clip == 0, "inner_grad_clip"),
             ("num_inner_steps", one_state and self.num_inner_steps != 1, "masking_strategy"),
             (
@@ -204,6 +212,10 @@ class MemoryConfig:
         name."""
         values = {name.removeprefix(FLAG_PREFIX): getattr(flags, name) for name, _, _ in flag_fields()}
         return cls(**{**values, **overrides})
+
+
+def _counts(value: int) -> bool:
+    return isinstance(value, int) and value >= 1
 
 
 def flag_fields() -> list[tuple[str, Any, Any]]:

@@ -126,13 +126,13 @@ ADAPTERS: dict[str, Callable[[MemoryConfig], LowRank | Dense]] = {
 
 def repeat_each(values: torch.Tensor, sizes: tuple[int, ...]) -> torch.Tensor:
     """values[..., i] repeated sizes[i] times along the last dimension."""
-    return values.repeat_interleave(_lengths(sizes, values.device), dim=-1, output_size=sum(sizes))
+    return values.repeat_interleave(_constant(sizes, values.device), dim=-1, output_size=sum(sizes))
 
 
-@functools.lru_cache(maxsize=8)
-def _lengths(sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
+@functools.lru_cache(maxsize=16)
+def _constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     # Kept on the device: copying it there anew in every inner step would wait for the device.
-    return torch.tensor(sizes, device=device)
+    return torch.tensor(values, device=device)
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -191,7 +191,7 @@ class FastWeights:
             sizes, bounds = zip(*drawn, strict=True)
             generator = make_generator(*seed_parts, device=device)
             uniform = torch.rand(sum(sizes), generator=generator, device=device)
-            spread = repeat_each(torch.tensor(bounds, device=device), sizes)
+            spread = repeat_each(_constant(bounds, flat.device), sizes)
             flat[: sum(sizes)] = (2 * uniform - 1) * spread
         return flat
 
@@ -215,8 +215,8 @@ class FastWeights:
             matrices = self.views((flat if self.by_row else flat[0]).to(self.dtype))
             kinds = [matrices[start :: len(self.targets)] for start in range(len(self.targets))]
             self._matrices = [tuple(kind) for kind in kinds]
-        for block in self.routed:
-            block.by_row = self.by_row and flat is not None
+        for block in self.routed if self.by_row else ():
+            block.by_row = flat is not None
 
     @property
     def value(self) -> torch.Tensor | None:

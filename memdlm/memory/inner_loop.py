@@ -86,11 +86,10 @@ def fit(
             if reduce_gradient is not None:
                 gradient = reduce_gradient(gradient)
             # A memory with nothing to predict has a zero gradient, unless other ranks had something.
-            moves = gradient.isfinite().all(dim=-1) & gradient.any(dim=-1)  # [G]
             norm = gradient.norm(dim=-1)
+            moves = norm.isfinite() & (norm > 0)  # [G]
             update = config.inner_lr * clip_gradient(gradient, fast.sizes, config.inner_grad_clip, config.clip_kind)
-            # where, not a product: 0 * nan is nan.
-            update = torch.where(moves[:, None], update, torch.zeros_like(update))
+            update.masked_fill_(~moves[:, None], 0)
             phi = phi - update
             trace.append((loss, norm, update.norm(dim=-1), (~moves).float(), *rows))
     fast.set(phi)
@@ -108,11 +107,11 @@ def clip_gradient(gradient: torch.Tensor, sizes: tuple[int, ...], max_norm: floa
         return gradient
     if kind == "global":
         return gradient * (max_norm / (gradient.norm(dim=-1, keepdim=True) + CLIP_EPSILON)).clamp(max=1)
-    # Two kernels for hundreds of matrices: all norms at once, and one product with each matrix's factor repeated.
-    parts = [part for memory in gradient.unbind() for part in memory.split(sizes)]
-    norms = torch.stack(torch._foreach_norm(parts))  # pyright: ignore[reportPrivateImportUsage]
-    factors = (max_norm / (norms + CLIP_EPSILON)).clamp(max=1).view(len(gradient), -1)  # [G, T]
-    return gradient * repeat_each(factors, sizes)
+    if len(gradient) == 1:  # two kernels for hundreds of matrices: all norms at once, one product
+        norms = torch.stack(torch._foreach_norm(gradient[0].split(sizes)))[None]  # pyright: ignore
+    else:
+        norms = torch.stack([part.norm(dim=-1) for part in gradient.split(sizes, dim=-1)], dim=-1)  # [G, matrices]
+    return gradient * repeat_each((max_norm / (norms + CLIP_EPSILON)).clamp(max=1), sizes)
 
 
 @contextlib.contextmanager

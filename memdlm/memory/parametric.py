@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import has_compiled_regions
 from torch import nn
 
 from dllm.core.schedulers import BaseAlphaScheduler, LinearAlphaScheduler
@@ -70,7 +71,7 @@ class ParametricMemory:
 
     Raises:
         InputError: targets that match nothing, a fraction that leaves no layer, weights of a schedule that is not
-            linear.
+            linear, a compiled model.
     """
 
     def __init__(self, model: nn.Module, config: MemoryConfig, scheduler: BaseAlphaScheduler | None = None) -> None:
@@ -82,6 +83,7 @@ class ParametricMemory:
                 "the inner loss can be weighted by the schedule only if that is linear: use alpha_scheduler linear or "
                 "loss_weight_type uniform"
             )
+        _refuse_compiled(model)
         self.lm = unwrap(model)
         self.backbone = self.lm.backbone
         self.spec = spec_of(self.lm)
@@ -95,7 +97,13 @@ class ParametricMemory:
         self.timer: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
     def attached(self) -> contextlib.AbstractContextManager[FastWeights]:
-        """A block in which a memory can be written and is in place; nothing of it stays behind."""
+        """A block in which a memory can be written and is in place; nothing of it stays behind.
+
+        Raises:
+            InputError: the model has been compiled.
+            RuntimeError: already attached.
+        """
+        _refuse_compiled(self.lm)
         return self.fast.attached()
 
     def reset(self) -> None:
@@ -136,7 +144,7 @@ class ParametricMemory:
         hidden: list[torch.Tensor | None] = [None] * len(plan.states)
         others = [index for index in range(len(plan.states)) if index != plan.anchor]
         layer_inputs = None
-        with self.timer, evaluating(self.backbone):
+        with self.timer, evaluating(self.lm), no_autocast_cache():
             if others:
                 states = self._prefix([plan.states[index] for index in others], plan)
                 for index, state in zip(others, states, strict=True):
@@ -198,7 +206,7 @@ class ParametricMemory:
 
     def _observe(self, observer: Observer | None, hidden: torch.Tensor, layer_inputs: LayerInputs) -> None:
         if observer is not None:
-            with torch.no_grad(), evaluating(self.backbone), no_autocast_cache():
+            with torch.no_grad(), evaluating(self.lm), no_autocast_cache():
                 observer(hidden, layer_inputs)
 
     @torch.no_grad()
@@ -236,6 +244,11 @@ class ParametricMemory:
         initial: torch.Tensor,
         reduce_gradient: Reduce | None,
     ) -> InnerReport:
+        if not self.fast.is_attached or torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "a memory is written inside `with memory.attached():`, under torch.no_grad() if need be but not under "
+                "torch.inference_mode(), which allows no gradients"
+            )
         layer_inputs = anchor_inputs if prefixes.layer_inputs is None else prefixes.layer_inputs
 
         def hidden_at(state: int, positions: torch.Tensor) -> torch.Tensor:
@@ -246,10 +259,16 @@ class ParametricMemory:
             return self.hidden_at(hidden, layer_inputs, positions)
 
         network = Network(hidden_at, self.lm.head, self.lm.config.vocab_size)
-        with self.timer, evaluating(self.backbone):
-            report = fit(self.fast, initial, plan, network, self.config, self.scheduler, reduce_gradient)
-        self.report = report
-        return report
+        with self.timer, evaluating(self.lm), contextlib.ExitStack() as undo:
+            undo.callback(self.reset)  # an error must leave no half-written memory to the next prompt
+            self.report = fit(self.fast, initial, plan, network, self.config, self.scheduler, reduce_gradient)
+            undo.pop_all()
+        return self.report
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    if has_compiled_regions(model) or any(part._compiled_call_impl is not None for part in model.modules()):
+        raise InputError("memory and torch.compile cannot be combined (compiled code ignores hooks): do not compile")
 
 
 def _refuse_reentrant(backbone: Backbone) -> None:

@@ -171,7 +171,8 @@ PLANS: dict[str, Callable[[Rows, MemoryConfig], InnerPlan]] = {
 def _plan_prompt_part(rows: Rows, is_prompt: torch.Tensor, config: MemoryConfig) -> InnerPlan:
     if rows.attention_mask is not None:
         is_prompt = is_prompt & rows.attention_mask.bool()
-    length = max(1, int(is_prompt.sum(dim=1).max()))
+    last = (is_prompt * torch.arange(1, is_prompt.shape[1] + 1)).max()  # number of the last prompt position
+    length = max(1, int(last))
     is_prompt = is_prompt[:, :length]
     maskable = is_prompt.clone()
     maskable[:, : rows.logit_shift] = False
@@ -181,7 +182,7 @@ def _plan_prompt_part(rows: Rows, is_prompt: torch.Tensor, config: MemoryConfig)
     states = TRAJECTORIES[config.masking_strategy](maskable, anchor, t, noise, config)
     asked = [loss_mask(state, config.inner_loss_mask_mode) for state in states]
     visible = is_prompt.clone()
-    visible[:, 0] = True  # of a row without a prompt one mask token: attention to nothing is not defined
+    visible[:, 0] |= ~is_prompt.any(dim=1)  # of a row without a prompt one mask token: attention needs something to see
     part = Rows(
         input_ids=rows.input_ids[:, :length],
         maskable=maskable,

@@ -394,3 +394,62 @@ def test_attaching_twice_is_refused(make_model) -> None:
     memory = ParametricMemory(make_model(), _settings())
     with memory.attached(), pytest.raises(RuntimeError, match="already attached"), memory.attached():
         pass
+
+
+def test_a_write_that_fails_leaves_no_memory_to_the_next_prompt(make_model) -> None:
+    model = make_model("llada_moe")
+    memory = ParametricMemory(model, _settings(scope="row", prompt_mask_ratio=0.6))
+    plan = memory.plan_prompts([[5, 6, 7, 8, 9, 10, 11]], MASK)
+    base = model(input_ids=plan.states[0]).logits
+    calls = []
+
+    def explode_in_the_second_step(gradient: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory, say")
+        return gradient
+
+    with memory.attached():
+        memory.write(plan, memory.initial(plan))  # an earlier memory goes too
+        with pytest.raises(RuntimeError, match="out of memory"):
+            memory.write(plan, memory.initial(plan), reduce_gradient=explode_in_the_second_step)
+        assert not memory.fast.is_set and memory.values() == {}
+        assert torch.equal(model(input_ids=plan.states[0]).logits, base)
+
+
+def test_writing_needs_an_attached_memory_and_gradients(make_model) -> None:
+    model = make_model()
+    memory = ParametricMemory(model, _settings())
+    plan = memory.plan_prompts([[5, 6, 7, 8, 9, 10, 11]], MASK)
+    with pytest.raises(RuntimeError, match="inside `with memory"):
+        memory.write(plan, memory.initial(plan))
+    assert not memory.fast.is_set
+    with torch.inference_mode(), memory.attached(), pytest.raises(RuntimeError, match="inference_mode"):
+        memory.write(plan, memory.initial(plan))
+
+
+def test_compiled_models_are_refused(make_model) -> None:
+    message = "memory and torch.compile cannot be combined"
+    with pytest.raises(ValueError, match=message):
+        ParametricMemory(torch.compile(make_model(), backend="eager"), _settings())
+    model = make_model()
+    memory = ParametricMemory(model, _settings())
+    model.model.layers[-1].compile(backend="eager")  # later, and in place
+    with pytest.raises(ValueError, match=message):
+        memory.attached()
+    with pytest.raises(ValueError, match=message):
+        ParametricMemory(model, _settings())
+
+
+def test_dropout_of_an_adapter_on_the_head_is_off_too(make_model) -> None:
+    base = make_model()
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["lm_head"], lora_dropout=0.5)).train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    memory = ParametricMemory(model, _settings())
+    plan = inner_plan(_batch(_settings()))
+    with memory.attached():
+        first, second = (memory.write(plan, memory.initial(plan)) for _ in range(2))
+    assert torch.equal(first.losses, second.losses) and torch.equal(first.change, second.change)

@@ -72,6 +72,13 @@ def test_every_field_takes_another_value_or_says_why_not(name: str) -> None:
         ({"progressive_consistent_start_scale": 0.5}, "at least 1"),
         ({"progressive_consistent_start_scale": float("inf")}, "finite"),
         ({"inner_alpha": float("inf")}, "finite"),
+        ({"num_inner_steps": 2.5}, "an integer"),
+        ({"inner_rank": 1.5}, "an integer"),
+        ({"inner_loss_type": "distill", "progressive_consistent_start_scale": 1.0}, "start_scale=1.0"),
+        (
+            {"inner_loss_type": "distill", "masking_strategy": "progressive_memory", "prompt_mask_ratio": 0.8},
+            "no effect with mem_prompt_mask_ratio=0.8",
+        ),
         ({"inner_grad_clip": float("nan")}, "finite"),
         ({"inner_loss_mask_mode": "newly_revealed", "progressive_consistent_start_scale": 1.0}, "start_scale=1.0"),
         ({"inner_target_modules": " , "}, "at least one role"),
@@ -112,5 +119,5 @@ def test_flags_are_the_fields_with_a_prefix(tmp_path) -> None:
     assert args.memory().inner_lr == 0.3 and args.memory().loss_weight_type == "uniform"
     with pytest.raises(ValueError, match="mem_inner_lr, mem_seed has no effect without --mem_enabled True"):
         MemDLMConfig(output_dir=str(tmp_path), use_cpu=True, mem_seed=3, mem_inner_lr=0.3)  # pyright: ignore
-    with pytest.raises(ValueError, match="mem_inner_rank must be at least 1"):
+    with pytest.raises(ValueError, match="mem_inner_rank must be an integer of at least 1"):
         MemDLMConfig(output_dir=str(tmp_path), use_cpu=True, mem_inner_rank=0)

@@ -91,6 +91,12 @@ def test_a_row_whose_loss_is_not_finite_is_left_out_and_counted(scope: str) -> N
     assert report.skipped[0].tolist() == ([0.0, 1.0, 0.0] if scope == "row" else [0.0])
 
 
+def test_a_gradient_whose_norm_is_not_finite_skips_the_step() -> None:
+    toy = _toy()
+    report, written = toy.fit(reduce_gradient=lambda gradient: torch.full_like(gradient, 1e25))
+    assert report.skipped.tolist() == [[1.0]] and not bool(written.any())
+
+
 def test_an_activation_that_is_not_a_number_stays_in_its_row() -> None:
     toy = _toy(scope="row")
     expected = toy.fit()[1]

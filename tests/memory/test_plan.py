@@ -124,6 +124,29 @@ def test_prompts_of_one_length_need_no_mask() -> None:
     assert plan.attention_mask is None and plan.length == 3
 
 
+def test_a_prompt_that_starts_behind_hidden_positions_is_whole() -> None:
+    def pad(rows) -> dict:
+        made = PaddingCollator(PAD)(rows)
+        mask = torch.ones_like(made["input_ids"])
+        mask[0, :2] = 0
+        return {**made, "attention_mask": mask}
+
+    batch = _collator(MemoryConfig(inner_target="prompt"), pad=pad)(_rows(prompts=(6, 4, 3)))
+    plan = inner_plan(batch)
+    assert plan.attention_mask is not None and plan.length == 6
+    assert plan.attention_mask[0].tolist() == [0, 0, 1, 1, 1, 1]
+    shown = plan.states[0][0, 2:]
+    assert torch.equal(shown[shown != MASK], batch["input_ids"][0, 2:6][shown != MASK])
+
+
+def test_what_no_logit_predicts_is_not_asked_for() -> None:
+    config = MemoryConfig(inner_target="prompt", prompt_mask_ratio=0.99)
+    plan = inner_plan(_collator(config, logit_shift=1)(_rows()))
+    assert all(not bool(_asked(plan, step)[:, 0].any()) for step in plan.steps)
+    alone = plan_prompts([[5, 6, 7, 8]], config, MASK, logit_shift=1)
+    assert all(not bool(_asked(alone, step)[:, 0].any()) and bool(_asked(alone, step).any()) for step in alone.steps)
+
+
 def test_a_row_without_a_prompt_has_nothing_to_predict() -> None:
     plan = inner_plan(_collator(MemoryConfig(inner_target="prompt", prompt_mask_ratio=0.9))(_rows(prompts=(0, 4, 0))))
     assert plan.attention_mask is not None and bool(plan.attention_mask.any(dim=1).all())
@@ -204,6 +227,7 @@ def test_padding_is_masked_where_the_mode_says(mode: str, target: str) -> None:
         outer_hits += int((batch["is_masked"] & is_padding).sum())
         for step in plan.steps:
             inner_hits += int((_asked(plan, step) & is_padding).sum())
+            assert float(step.t.min()) >= 0 and float(step.t.max()) <= 1
             # A row's own last token is the pad token too, and stays a token like any other.
             own_last_token += int(_asked(plan, step)[torch.arange(3), torch.tensor([8, 5, 6])].sum())
     assert (outer_hits > 0) == (mode != "both") and (inner_hits > 0) == (mode == "none") and own_last_token > 0

@@ -116,6 +116,33 @@ def test_a_step_that_is_not_finite_is_counted_in_the_log(load, tokenizer, rows, 
     assert all(bool(value.isfinite().all()) for value in trainer.lm.state_dict().values())
 
 
+def test_both_losses_are_taken_at_logged_steps_alone(load, tokenizer, rows, tmp_path) -> None:
+    settings = {"max_steps": 4, "logging_steps": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 3}
+    trainer = _trainer(load(), tokenizer, rows, tmp_path, **settings)
+    original, calls = trainer.memory.readout, []
+    trainer.memory.readout = lambda *inputs: (calls.append(trainer.state.global_step), original(*inputs))[1]
+    trainer.train()
+    # Two batches a step, with and without memory; the steps that end at 2 and at 4.
+    assert calls == [1, 1, 1, 1, 3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("strategy", ["steps", "no"])
+def test_the_share_of_time_is_that_of_prefixes_and_writes(load, tokenizer, rows, tmp_path, strategy: str) -> None:
+    trainer = _trainer(load(), tokenizer, rows, tmp_path, max_steps=3, logging_strategy=strategy)
+    entered = []
+    original = type(trainer._timer).__enter__
+    timer = trainer._timer
+
+    class Counting(type(timer)):
+        def __enter__(self) -> None:
+            entered.append(1)
+            original(self)
+
+    timer.__class__ = Counting
+    trainer.train()
+    assert len(entered) == (2 * 3 if strategy == "steps" else 0)  # nothing is kept that nobody reads
+
+
 def test_dropout_makes_no_gap(load, tokenizer, rows, tmp_path) -> None:
     model = get_peft_model(load(), LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.5))
     with torch.no_grad():
