@@ -25,7 +25,7 @@ from memdlm.memory.plan import InnerPlan, InnerStep
 
 CLIP_EPSILON = 1e-12  # keeps the clip factor finite for a zero gradient
 # On a CPU the product with the head wants more positions at a time than the loss does (`dllm.core.losses.chunk_rows`).
-HEAD_CPU_CHUNK_LOGITS = 2**23
+HEAD_CPU_CHUNK_LOGITS = 2**22
 
 
 @dataclass(frozen=True)
