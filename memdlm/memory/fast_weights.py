@@ -97,7 +97,7 @@ class LowRank:
 
     def apply(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """What is added to the linear's output [..., out] for its input `x` [..., in]."""
-        return _product(_product(x, a), b) * self.scale
+        return _product(_product(x, a) * self.scale, b)  # scaled where it is small
 
 
 class Dense:
