@@ -81,13 +81,13 @@ def _hooked(modules, hook):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_student_and_teacher_are_both_read_after_the_final_norm(make_model, family: str) -> None:
-    # s = 1: the student's state is the anchor, which is the teacher's too; B = 0 at the first step.
-    config = _settings(
-        inner_loss_type="distill_hidden", masking_strategy="pre_only", progressive_consistent_start_scale=1.0
-    )
-    memory, _ = _written(make_model(family), config)
+    config = _settings(inner_loss_type="distill_hidden", masking_strategy="pre_only")
+    batch = _batch(config)
+    (step,) = batch["memory_plan"]["steps"]
+    same = {**batch["memory_plan"], "steps": [{**step, "teacher": step["student"]}]}
+    memory, _ = _written(make_model(family), config, {**batch, "memory_plan": same})
     assert memory.report is not None and memory.report.losses.tolist() == [[0.0]]
-    memory, _ = _written(make_model(family), _settings(inner_loss_type="distill_hidden", masking_strategy="pre_only"))
+    memory, _ = _written(make_model(family), config, batch)
     assert memory.report is not None and float(memory.report.losses) > 0  # another state
 
 
