@@ -67,7 +67,7 @@ def test_process_then_train_in_four_bits_without_and_with_memory(environment) ->
     ("flags", "message"),
     [
         (("--mem_inner_lrr", "0.1"), "unknown flag --mem_inner_lrr; the closest known one is --mem_inner_lr"),
-        (("--mem_scope", "row"), "mem_scope=row is not available yet: use batch"),
+        (("--mem_scope", "row"), "mem_scope has no effect without --mem_enabled True"),
         (("--lora", "False"), "4-bit weights cannot be trained themselves: add --lora True"),
     ],
 )
