@@ -59,8 +59,7 @@ class MemoryCollator(NoisingCollator):
         return {**batch, "memory_plan": plan.as_batch()}
 
     def _find_padding(self, rows: Sequence[Batch], padded: Batch) -> torch.Tensor:
-        """What `pad` added behind each row, bool [B, L]; found by place, since a row
-        may end with the pad token itself."""
+        """What `pad` added behind each row, bool [B, L]; found by place: a row may end with the pad token itself."""
         ids = padded["input_ids"]
         if self.config.pad_unmask_mode == "none" and self.config.inner_target != "prompt":
             return torch.zeros_like(ids, dtype=torch.bool)

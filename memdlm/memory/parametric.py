@@ -135,7 +135,7 @@ class ParametricMemory:
 
     @torch.no_grad()
     def prefixes(self, plan: InnerPlan, share_anchor: bool = True) -> Prefixes:
-        """The states before layer `start`, in one batched pass without dropout.
+        """The states before layer `start`, without dropout: all but the outer one in one batched pass.
 
         Args:
             plan: the states.

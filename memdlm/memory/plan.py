@@ -7,7 +7,7 @@ to count. Shapes: B rows, L positions of the states, N loss positions of a step.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -183,18 +183,11 @@ def _plan_prompt_part(rows: Rows, is_prompt: torch.Tensor, config: MemoryConfig)
     asked = [loss_mask(state, config.inner_loss_mask_mode) for state in states]
     visible = is_prompt.clone()
     visible[:, 0] |= ~is_prompt.any(dim=1)  # of a row without a prompt one mask token: attention needs something to see
-    part = Rows(
+    part = replace(
+        rows,
         input_ids=rows.input_ids[:, :length],
-        maskable=maskable,
         is_masked=anchor,
-        noised_ids=rows.noised_ids[:, :length],
-        t=t,
-        is_padding=rows.is_padding[:, :length],
         attention_mask=None if bool(visible.all()) else visible.long(),
-        row_seeds=rows.row_seeds,
-        generators=rows.generators,
-        mask_token_id=rows.mask_token_id,
-        logit_shift=rows.logit_shift,
     )
     return _plan(part, states, asked, config, hidden=~is_prompt, apart=True)
 

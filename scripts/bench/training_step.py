@@ -114,6 +114,8 @@ class Options:
             raise utils.InputError(f"--prompt_length must be below --length {self.length}, got {self.prompt_length}")
         if not 0.01 <= self.time <= 0.99:
             raise utils.InputError(f"--time must lie in [0.01, 0.99], got {self.time}")
+        if self.json is not None and not pathlib.Path(self.json).absolute().parent.is_dir():
+            raise utils.InputError(f"--json {self.json}: its folder does not exist, make it first")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise utils.InputError("torch finds no CUDA device: use --device cpu")
 

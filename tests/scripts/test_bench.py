@@ -108,6 +108,7 @@ def test_settings_of_model_and_memory(run_here, tmp_path, flags) -> None:
         (("--family", "llada", "--num_experts", "4"), "--num_experts has no effect with --family llada"),
         (("--vocab_size", "7"), "--vocab_size must be at least 16, got 7"),
         (("--prompt_length", "32"), "--prompt_length must be below --length 32, got 32"),
+        (("--json", "no/such/folder/x.json"), "its folder does not exist"),
         (("--time", "1"), "--time must lie in [0.01, 0.99]"),
     ],
 )

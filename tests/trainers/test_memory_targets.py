@@ -160,11 +160,13 @@ def test_an_alias_of_the_default_is_no_change(tmp_path) -> None:
 
 
 def test_settings_of_the_prompt_reach_it(load, tokenizer, rows, tmp_path) -> None:
-    trainer = _trainer(load(), tokenizer, rows, tmp_path, mem_inner_target="prompt", mem_prompt_mask_ratio=0.5)
+    settings = {"mem_inner_target": "prompt", "mem_prompt_mask_ratio": 0.5, "mem_masking_strategy": "no_progressive"}
+    trainer = _trainer(load(), tokenizer, rows, tmp_path, **settings)
     assert trainer.memory_config.loss_weight_type == "uniform"  # as at inference
     assert trainer.args.loss_weight_type == "scheduler"
-    steps = trainer.data_collator(rows)["memory_plan"]["steps"]
-    assert all(torch.equal(step["t"], torch.full((len(rows),), 0.5)) or len(step["loss_positions"]) for step in steps)
+    (step,) = trainer.data_collator(rows)["memory_plan"]["steps"]
+    assert torch.equal(step["t"], torch.full((len(rows),), 0.5))
+    assert 0 < len(step["loss_positions"]) < 8 * len(rows)  # some of the eight prompt tokens of each row
     progressive = _trainer(
         load(),
         tokenizer,
