@@ -6,9 +6,8 @@ import sys
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer
 
-from dllm.models.spec import load_config
+from dllm.models.auto import load_model, load_tokenizer
 from memdlm import MemDLMConfig, MemDLMTrainer
 
 
@@ -21,13 +20,10 @@ def main() -> None:
     for index in range(12):
         ids = torch.randint(20, 200, (20,), generator=generator).tolist()
         rows.append({"input_ids": ids, "labels": [-100] * 8 + ids[8:], "example_id": index})
-    config, spec = load_config(checkpoint)
-    assert spec is not None
-    model = spec.model_class.from_pretrained(checkpoint, config=config, dtype=torch.float32)
     trainer = MemDLMTrainer(
-        model=model,
+        model=load_model(checkpoint, dtype="float32"),
         args=args,
-        processing_class=AutoTokenizer.from_pretrained(checkpoint),
+        processing_class=load_tokenizer(checkpoint),
         train_dataset=rows,
         eval_dataset=rows[:num_eval_rows],
     )
@@ -47,7 +43,7 @@ def main() -> None:
     seen = {
         "world_size": args.world_size,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "weights": {name: value.double().sum().item() for name, value in model.state_dict().items()},
+        "weights": {name: value.double().sum().item() for name, value in trainer.lm.state_dict().items()},
         "written": [flat.double().sum().item() for flat in written],
         "mem_change": [entry["mem_change"] for entry in trainer.state.log_history if "mem_change" in entry],
         "metrics": {name: value for name, value in metrics.items() if name.startswith("eval_")},

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer
 
-from dllm.models.spec import load_config
+from dllm.models.auto import load_model, load_tokenizer
 from memdlm import MemDLMConfig, MemDLMTrainer
 from memdlm.memory import inner_loop
 from memdlm.memory.objectives import Objective, cross_entropy
@@ -70,13 +69,10 @@ def not_finite_on(rank: int | None):
 def train(checkpoint: str, output: str, rows: str, settings: dict[str, Any], bad_rank: int | None = None) -> dict:
     """What one process saw of a training run."""
     args = MemDLMConfig(output_dir=output, use_cpu=True, disable_tqdm=True, save_strategy="no", **settings)
-    config, spec = load_config(checkpoint)
-    assert spec is not None
-    model = spec.model_class.from_pretrained(checkpoint, config=config, dtype=torch.float32)
     trainer = MemDLMTrainer(
-        model=model,
+        model=load_model(checkpoint, dtype="float32"),
         args=args,
-        processing_class=AutoTokenizer.from_pretrained(checkpoint),
+        processing_class=load_tokenizer(checkpoint),
         train_dataset=make_rows(rows),
     )
     assert trainer.memory is not None
@@ -116,7 +112,7 @@ def train(checkpoint: str, output: str, rows: str, settings: dict[str, Any], bad
         "observed": observed,
         "reduced": reduced,
         "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
-        "weights": {name: value.clone() for name, value in model.state_dict().items()},
+        "weights": {name: value.clone() for name, value in trainer.lm.state_dict().items()},
         "numel": memory.fast.numel,
     }
 
