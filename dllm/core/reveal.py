@@ -1,5 +1,5 @@
 """Which masked positions a denoising step commits: how many, by which confidence. No loops over rows, no draws without
-a generator.
+a generator or a key.
 
 Shapes: B rows, L positions, V vocabulary, S steps.
 """
@@ -10,26 +10,29 @@ from typing import Literal, get_args
 
 import torch
 
+from dllm.core.losses import chunk_rows
+
 Remasking = Literal["low_confidence", "random", "margin", "entropy"]
 
 
-def get_num_transfer_tokens(num_masked: torch.Tensor, steps: int) -> torch.Tensor:
+def get_num_transfer_tokens(num_masked: torch.Tensor, steps: int | torch.Tensor) -> torch.Tensor:
     """How many tokens each row commits at each step: int64 [B, S], row sums equal `num_masked`, earlier steps take the
     remainder.
 
     Args:
         num_masked: int64 [B].
-        steps: S, at least 1.
+        steps: S, at least 1; or each row's own number, int64 [B] on the CPU (S is then the largest).
 
     Raises:
         ValueError: steps below 1.
     """
-    if steps < 1:
+    each = torch.as_tensor(steps, device=num_masked.device).expand_as(num_masked)  # [B]
+    most = int(torch.as_tensor(steps).max())
+    if bool((torch.as_tensor(steps) < 1).any()):
         raise ValueError(f"steps must be at least 1, got {steps}")
-    share = num_masked // steps  # [B]
-    rest = num_masked % steps  # [B]
-    extra = torch.arange(steps, device=num_masked.device)[None, :] < rest[:, None]  # [B, S]
-    return share[:, None] + extra
+    step = torch.arange(most, device=num_masked.device)[None, :]  # [1, S]
+    share, rest = (num_masked // each)[:, None], (num_masked % each)[:, None]  # [B, 1]
+    return torch.where(step < each[:, None], share + (step < rest), 0)
 
 
 def add_gumbel_noise(
@@ -44,15 +47,99 @@ def add_gumbel_noise(
     if temperature == 0:
         return logits
     uniform = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=torch.float64)
-    # -log(u) must be positive: u = 0 would give an infinite Gumbel value.
+    return perturb(logits, temperature, uniform)
+
+
+def perturb(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> torch.Tensor:
+    """logits / temperature - log(-log(u)), float64: Gumbel noise made from uniform draws u in [0, 1), of the same
+    shape."""
+    # u = 0 would give an infinite Gumbel value.
     gumbel = -torch.log(-torch.log(uniform.clamp(min=torch.finfo(torch.float64).tiny)))
     return logits.double() / temperature + gumbel
+
+
+def hashed_uniform(keys: torch.Tensor) -> torch.Tensor:
+    """A uniform draw in (0, 1) that is a fixed function of each key: float64, of the shape of `keys`.
+
+    The draws of a row depend on nothing but its keys, so neither on the rows beside it nor on the device, and need no
+    loop over generators. SplitMix64's output function (doi 10.1145/2660193.2660195); the upper 53 bits are used.
+
+    Args:
+        keys: int64; different draws need different keys (see `mix_keys`).
+    """
+    return (_shift(_splitmix(keys), 11).double() + 0.5) * 2.0**-53
+
+
+def mix_keys(keys: torch.Tensor, counter: torch.Tensor | int) -> torch.Tensor:
+    """Keys of further draws, int64 of the broadcast shape: one for every (key, counter)."""
+    # As a tensor: its product wraps around, that of a Python number does not.
+    return _splitmix(keys + _GOLDEN * (torch.as_tensor(counter, device=keys.device) + 1))
+
+
+_GOLDEN, _FIRST, _SECOND = (
+    value - 2**64 for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)  # as signed numbers; products wrap around
+
+
+def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """x >> bits with zeros from the left (torch repeats the sign)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _splitmix(x: torch.Tensor) -> torch.Tensor:
+    x = (x ^ _shift(x, 30)) * _FIRST
+    x = (x ^ _shift(x, 27)) * _SECOND
+    return x ^ _shift(x, 31)
+
+
+def propose(
+    logits: torch.Tensor,
+    remasking: Remasking = "low_confidence",
+    temperature: float = 0.0,
+    keys: torch.Tensor | None = None,
+    banned: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens, how sure the model is of them): int64 [N] and float [N], float32 or wider.
+
+    The token is the argmax, or at a temperature a draw from softmax(logits / temperature); the score is `confidence`
+    of the logits without noise. A chunk of positions at a time, like `dllm.core.losses.token_nll`.
+
+    Args:
+        logits: [N, V].
+        remasking: see `confidence`.
+        temperature: 0 draws nothing.
+        keys: int64 [N], one for the draws of each position; needed at a temperature and by "random".
+        banned: int64 ids that are never proposed and have no probability.
+    """
+    rows = chunk_rows(logits.shape[-1], logits.device)
+    tokens, scores = [], []
+    for start in range(0, len(logits), rows):
+        part = logits[start : start + rows]
+        part = part.to(torch.promote_types(part.dtype, torch.float32), copy=banned is not None)
+        own = None if keys is None else keys[start : start + rows]
+        if banned is not None:
+            part[:, banned] = -torch.inf
+        noisy = part
+        if temperature > 0:
+            assert own is not None
+            each = mix_keys(own[:, None], torch.arange(1, part.shape[-1] + 1, device=part.device))  # [n, V]
+            noisy = perturb(part, temperature, hashed_uniform(each))
+        chosen = noisy.argmax(dim=-1)
+        tokens.append(chosen)
+        if remasking == "random":
+            assert own is not None
+            scores.append(hashed_uniform(mix_keys(own, 0)))
+        else:
+            scores.append(confidence(part, chosen, remasking))
+    if not tokens:
+        return logits.new_zeros(0, dtype=torch.int64), logits.new_zeros(0, dtype=torch.float32)
+    return torch.cat(tokens), torch.cat(scores)
 
 
 def confidence(
     logits: torch.Tensor, tokens: torch.Tensor, remasking: Remasking, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """How sure the model is of each proposed token, higher is surer: float [..., ].
+    """How sure the model is of each proposed token, higher is surer: float [...], float32 or wider.
 
     "low_confidence" p(token); "margin" p of the best minus p of the second; "entropy" minus the entropy of p; "random"
     a uniform draw.
@@ -65,13 +152,14 @@ def confidence(
     """
     if remasking == "random":
         return torch.rand(tokens.shape, generator=generator, device=tokens.device)
-    probabilities = torch.softmax(logits.float(), dim=-1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if remasking == "low_confidence":
-        return probabilities.gather(-1, tokens[..., None])[..., 0]
+        return (logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(dim=-1)).exp()
     if remasking == "margin":
-        best = probabilities.topk(2, dim=-1).values
+        best = (logits.topk(2, dim=-1).values - logits.logsumexp(dim=-1, keepdim=True)).exp()
         return best[..., 0] - best[..., 1]
     if remasking == "entropy":
+        probabilities = torch.softmax(logits, dim=-1)
         return (probabilities * torch.log(probabilities.clamp(min=1e-20))).sum(dim=-1)
     raise ValueError(f"unknown remasking {remasking!r}: choose one of {', '.join(get_args(Remasking))}")
 

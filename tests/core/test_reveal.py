@@ -7,6 +7,9 @@ from dllm.core.reveal import (
     choose_positions,
     confidence,
     get_num_transfer_tokens,
+    hashed_uniform,
+    mix_keys,
+    propose,
 )
 
 
@@ -69,3 +72,68 @@ def test_gumbel_noise_draws_nothing_at_temperature_zero_and_samples_the_softmax_
     share = torch.bincount(samples, minlength=3) / 20_000
     # Four standard deviations of a share near one half: 4 * sqrt(0.25 / 20000) = 0.014.
     assert torch.allclose(share, torch.tensor([0.2, 0.5, 0.3]), atol=0.014)
+
+
+def test_hashed_draws_are_uniform_and_follow_from_their_keys() -> None:
+    keys = torch.arange(100_000) * 7 - 50_000
+    drawn = hashed_uniform(mix_keys(keys, 3))
+    assert drawn.dtype == torch.float64 and float(drawn.min()) > 0 and float(drawn.max()) < 1
+    counts = torch.histc(drawn, bins=100, min=0, max=1)
+    # Chi-square with 99 degrees of freedom: mean 99, standard deviation 14.
+    assert float(((counts - 1000) ** 2 / 1000).sum()) < 99 + 5 * 14
+    assert abs(float(torch.corrcoef(torch.stack([drawn[1:], drawn[:-1]]))[0, 1])) < 5 / 100_000**0.5
+    assert torch.equal(drawn[17:20], hashed_uniform(mix_keys(keys[17:20], 3)))
+    assert not torch.equal(drawn, hashed_uniform(mix_keys(keys, 4)))
+
+
+def test_splitmix_equals_its_definition_in_whole_numbers() -> None:
+    def naive(x: int) -> int:
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % 2**64
+        return x ^ (x >> 31)
+
+    keys = [0, 1, 2**62 + 12345, 2**63 + 99, 2**64 - 1]
+    signed = torch.tensor([key - 2**64 if key >= 2**63 else key for key in keys])
+    wanted = [((naive(key) >> 11) + 0.5) * 2.0**-53 for key in keys]
+    assert hashed_uniform(signed).tolist() == wanted
+    golden = 0x9E3779B97F4A7C15
+    mixed = [int(value) % 2**64 for value in mix_keys(signed, 4)]
+    assert mixed == [naive((key + golden * 5) % 2**64) for key in keys]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_proposals_at_a_temperature_are_samples(temperature: float) -> None:
+    logits = torch.tensor([1.0, 0.0, -1.0, 2.0])
+    banned = torch.tensor([1])
+    keys = mix_keys(torch.tensor(5), torch.arange(40_000))
+    tokens, scores = propose(logits.expand(40_000, 4), "low_confidence", temperature, keys, banned)
+    wanted = torch.softmax(logits[[0, 2, 3]] / temperature, dim=0)
+    share = torch.bincount(tokens, minlength=4)[[0, 2, 3]] / 40_000
+    torch.testing.assert_close(share, wanted, atol=4 * 0.5 / 200, rtol=0)  # four standard deviations at most
+    plain = torch.zeros(4).index_copy(0, torch.tensor([0, 2, 3]), torch.softmax(logits[[0, 2, 3]], dim=0))
+    torch.testing.assert_close(scores, plain[tokens])
+
+
+@pytest.mark.parametrize("remasking", ["low_confidence", "margin", "entropy"])
+def test_proposals_in_chunks_equal_a_naive_softmax(remasking: str) -> None:
+    logits = torch.randn(2100, 501, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    before = logits.clone()
+    tokens, scores = propose(logits, remasking, banned=torch.tensor([7, 11]))  # pyright: ignore
+    masked = logits.clone()
+    masked[:, [7, 11]] = -torch.inf
+    p = torch.softmax(masked, dim=1)
+    best = p.sort(dim=1, descending=True).values
+    naive = {"low_confidence": best[:, 0], "margin": best[:, 0] - best[:, 1], "entropy": torch.xlogy(p, p).sum(dim=1)}
+    assert torch.equal(tokens, p.argmax(dim=1))
+    torch.testing.assert_close(scores, naive[remasking])
+    assert torch.equal(logits, before)
+
+
+def test_rows_may_have_their_own_number_of_steps() -> None:
+    counts, steps = torch.tensor([7, 3, 0, 5]), torch.tensor([3, 1, 2, 5])
+    table = get_num_transfer_tokens(counts, steps)
+    for row in range(4):
+        own = get_num_transfer_tokens(counts[row : row + 1], int(steps[row]))[0].tolist()
+        assert table[row].tolist() == own + [0] * (5 - len(own))
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        get_num_transfer_tokens(counts, torch.tensor([1, 0, 1, 1]))

@@ -2,9 +2,10 @@
 
 from dllm.core.reveal import add_gumbel_noise, get_num_transfer_tokens
 from dllm.core.samplers.base import BaseSampler, BaseSamplerConfig, BaseSamplerOutput
-from dllm.core.samplers.mdlm import MDLMSampler, MDLMSamplerConfig
+from dllm.core.samplers.mdlm import MDLM_PRESETS, MDLMSampler, MDLMSamplerConfig
 
 __all__ = [
+    "MDLM_PRESETS",
     "BaseSampler",
     "BaseSamplerConfig",
     "BaseSamplerOutput",

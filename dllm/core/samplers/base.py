@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,27 +15,53 @@ from dllm.models.spec import spec_of
 from dllm.utils.parsing import InputError
 from dllm.utils.tokens import token_id
 
+Prompt = Sequence[int] | torch.Tensor
+Observer = Callable[[torch.Tensor], None]
+
 
 @dataclass
 class BaseSamplerConfig:
-    """Settings that all samplers share."""
+    """Settings that all samplers share.
 
-    steps: int = 64  # denoising forwards, at least 1
-    temperature: float = 0.0  # 0 takes the likeliest token and draws nothing
-    seed: int = 0  # of every draw
+    Raises:
+        InputError: a value out of its range.
+    """
+
+    max_new_tokens: int = 128  # length of the answer that `sample` makes, at least 1
+    block_size: int | None = None  # positions decoded before the next ones are begun, at least 1; None: all at once
+    steps: int | None = None  # most denoising steps in all, at least one per block; None: one per masked token
+    temperature: float = 0.0  # of the Gumbel noise; 0 takes the likeliest token and draws nothing
+    seed: int = 0  # of every draw, together with the prompt (see `sample`)
+    early_stop: bool = False  # a row ends with its first end-of-text token
+    histories: bool = False  # keep the state after every step
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise InputError(f"steps must be at least 1, got {self.steps}")
-        if self.temperature < 0:
-            raise InputError(f"temperature must be at least 0, got {self.temperature}")
+        for name, least in (("max_new_tokens", 1), ("block_size", 1), ("steps", 1), ("temperature", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{name} must be at least {least}, got {value}")
 
 
 @dataclass(frozen=True)
 class BaseSamplerOutput:
-    """Filled-in token ids."""
+    """What a sampler made, on the model's device."""
 
-    sequences: torch.Tensor  # [B, L] int64
+    # [B, L] int64. `infill`: the filled-in ids. `sample`: prompt, answer, then padding of the shorter rows.
+    sequences: torch.Tensor
+    # [B, G] int64, `sample` alone: the answers; with early_stop, padding after the end-of-text token.
+    answers: torch.Tensor | None = None
+    # [B] int64: forwards of the model that a row needed; one with classifier-free guidance counts twice.
+    nfe: torch.Tensor | None = None
+    # [B] int64: tokens that were committed, those behind an end-of-text not counted.
+    num_committed: torch.Tensor | None = None
+    # State after every step, each laid out as `sequences`; only if asked for.
+    histories: list[torch.Tensor] | None = None
+
+    @property
+    def tokens_per_forward(self) -> torch.Tensor:
+        """num_committed / nfe, float32 [B]; 0 for a row that needed no forward."""
+        assert self.num_committed is not None and self.nfe is not None
+        return self.num_committed / self.nfe.clamp(min=1)
 
 
 class BaseSampler(ABC):
@@ -42,13 +69,44 @@ class BaseSampler(ABC):
 
     Args:
         model: a model of `dllm.models`, plain or wrapped. It is called in the mode it is in: put it in eval mode.
-        tokenizer: gives the mask token.
+        tokenizer: gives the mask, padding and end-of-text tokens.
     """
 
     def __init__(self, model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
         self.model = model
         self.mask_token_id = token_id(tokenizer, "mask_token")
-        self.spec = spec_of(unwrap(model))
+        self.pad_token_id = token_id(tokenizer, "pad_token")
+        self.eos_token_id = token_id(tokenizer, "eos_token")
+        self.lm = unwrap(model)
+        self.spec = spec_of(self.lm)
+        turn = tokenizer.get_vocab().get(self.spec.end_of_turn_token)
+        # What ends an answer: the end of the text, or of the turn in a chat.
+        self.end_token_ids = sorted({self.eos_token_id, *([] if turn is None else [turn])})
+
+    @abstractmethod
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        config: BaseSamplerConfig | None = None,
+        *,
+        seeds: Sequence[int] | None = None,
+        on_step: Observer | None = None,
+    ) -> BaseSamplerOutput:
+        """An answer of `max_new_tokens` tokens to every prompt.
+
+        A batch of B prompts, of whatever lengths, gives what B calls with one prompt give: row by row the same tokens
+        (up to rounding: products of other sizes round in another way).
+
+        Args:
+            prompts: token ids of each prompt, at least one token each. Mask tokens among them stay as they are.
+            config: settings of this sampler; None takes the defaults.
+            seeds: of the draws of each row. None: a row's draws follow from config.seed and its prompt, so one prompt
+                always gives one answer; give other seeds to sample it more than once.
+            on_step: called after every step with the state [B, L], laid out as `sequences`.
+
+        Raises:
+            InputError: no prompt, or an empty one; fewer steps than blocks.
+        """
 
     @abstractmethod
     def infill(
@@ -56,5 +114,15 @@ class BaseSampler(ABC):
         noised_ids: torch.Tensor,
         config: BaseSamplerConfig | None = None,
         attention_mask: torch.Tensor | None = None,
+        *,
+        seeds: Sequence[int] | None = None,
+        on_step: Observer | None = None,
     ) -> BaseSamplerOutput:
-        """`noised_ids` [B, L] with a token in the place of every mask."""
+        """`noised_ids` [B, L] with a token in the place of every mask; blocks are counted from the first position.
+
+        Args:
+            noised_ids: int64 [B, L].
+            config: settings of this sampler; `max_new_tokens` and `early_stop` do not matter here.
+            attention_mask: [B, L], 1 at real tokens; None attends to all.
+            seeds, on_step: as in `sample`.
+        """

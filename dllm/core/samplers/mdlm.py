@@ -1,33 +1,108 @@
-"""MDLMSampler: commit the surest tokens of all masked positions, step by step (arXiv 2502.09992, algorithm 5)."""
+"""MDLMSampler: commit the surest tokens of the masked positions, block by block and step by step (arXiv 2502.09992,
+algorithms 4 and 5).
+
+Shapes: B rows, L columns, V vocabulary, n candidates of a row (masked positions of the present block), W window.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
-from dllm.core.noising import flat_positions, make_generator
-from dllm.core.reveal import Remasking, add_gumbel_noise, choose_positions, confidence, get_num_transfer_tokens
-from dllm.core.samplers.base import BaseSampler, BaseSamplerConfig, BaseSamplerOutput
+from dllm.core.noising import derive_seed
+from dllm.core.reveal import Remasking, choose_above, choose_positions, get_num_transfer_tokens, mix_keys, propose
+from dllm.core.samplers.base import BaseSampler, BaseSamplerConfig, BaseSamplerOutput, Observer, Prompt
+from dllm.core.samplers.cache import CacheKind, WindowCache
 from dllm.utils.parsing import InputError
 
 
 @dataclass
 class MDLMSamplerConfig(BaseSamplerConfig):
-    """Settings of `MDLMSampler`."""
+    """Settings of `MDLMSampler`.
+
+    Raises:
+        InputError: a value out of its range, or a pair that cannot take effect together.
+    """
 
     remasking: Remasking = "low_confidence"  # which proposals are committed first (see dllm.core.reveal.confidence)
+    threshold: float | None = None  # in (0, 1]: a step also commits whatever is surer than this; None: only its share
+    cfg_scale: float = 0.0  # classifier-free guidance, at least 0: logits u + (1 + scale) (c - u); 0 turns it off
+    cache: CacheKind = "none"  # approximate reuse of keys and values (see dllm.core.samplers.cache)
     suppress_tokens: tuple[int, ...] = ()  # ids that are never proposed; the mask token never is
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.remasking not in get_args(Remasking):
-            raise InputError(f"remasking is {self.remasking!r}: choose one of {', '.join(get_args(Remasking))}")
+        for name, allowed in (("remasking", get_args(Remasking)), ("cache", get_args(CacheKind))):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        if self.cfg_scale < 0:
+            raise InputError(f"cfg_scale must be at least 0, got {self.cfg_scale}")
+        if self.threshold is None:
+            return
+        if not 0 < self.threshold <= 1:
+            raise InputError(f"threshold must be in (0, 1], got {self.threshold}")
+        if self.remasking not in ("low_confidence", "margin"):
+            raise InputError(
+                f"threshold compares probabilities, remasking={self.remasking} has none: use low_confidence or margin"
+            )
+
+
+# Published settings by name; every other field has its default.
+MDLM_PRESETS: dict[str, dict[str, Any]] = {
+    # LLaDA's own sampling script: one pass over the whole answer.
+    "llada": {"max_new_tokens": 128, "steps": 128, "block_size": 128},
+    # Its chat script, and the model card of LLaDA-MoE.
+    "llada_chat": {"max_new_tokens": 128, "steps": 128, "block_size": 32},
+    # Its evaluation of the base model.
+    "llada_eval": {"max_new_tokens": 1024, "steps": 1024, "block_size": 1024},
+    # Fast-dLLM, parallel decoding with dual cache.
+    "fast_dllm": {"max_new_tokens": 256, "block_size": 32, "threshold": 0.9, "cache": "dual"},
+}
+
+
+@dataclass
+class _Canvas:
+    """What is being filled in, on the model's device."""
+
+    ids: torch.Tensor  # [B, L] int64
+    is_masked: torch.Tensor  # [B, L] bool, positions still to be filled in
+    attention_mask: torch.Tensor | None  # [B, L]
+    position_ids: torch.Tensor | None  # [B, L]; None: the column
+    blocks: list[tuple[int, int]]  # columns [start, end) of every block
+    num_masked: torch.Tensor  # [B, number of blocks] int64 on the CPU, masks at the beginning
+    to_output: torch.Tensor | None  # [B, L] column of each output column; None: the same
+    keys: torch.Tensor | None  # [B] int64, seeds of the rows' draws; None: nothing is drawn
+    first_new: int | None  # first column of the answers; None: `infill`
 
 
 class MDLMSampler(BaseSampler):
-    """Fills in all masks of a sequence at once, over `steps` forwards; the head runs on the masked positions only."""
+    """Decodes with a bidirectional model; the head runs only on the masked positions of the present block.
+
+    Every block gets an equal share of `steps`. A step proposes a token for each masked position of the block and
+    commits the ceil or floor of (masks / steps of the block) surest ones of each row (`get_num_transfer_tokens`), with
+    `threshold` also all others that are surer than that. Where rows can be done early (threshold, early_stop), the host
+    looks once per step how many candidates are left; otherwise it waits for nothing.
+    """
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        config: BaseSamplerConfig | None = None,
+        *,
+        seeds: Sequence[int] | None = None,
+        on_step: Observer | None = None,
+    ) -> BaseSamplerOutput:
+        """See `BaseSampler.sample`. Shorter prompts are padded on the left, out of the others' sight."""
+        settings = self._settings(config)
+        rows = [[int(token) for token in prompt] for prompt in prompts]
+        if not rows or not all(rows):
+            raise InputError("a prompt needs at least one token: drop the empty ones, or begin them with the bos token")
+        canvas = self._prompts_and_masks(rows, settings, seeds)
+        return self._denoise(canvas, settings, on_step)
 
     @torch.no_grad()
     def infill(
@@ -35,37 +110,236 @@ class MDLMSampler(BaseSampler):
         noised_ids: torch.Tensor,
         config: BaseSamplerConfig | None = None,
         attention_mask: torch.Tensor | None = None,
+        *,
+        seeds: Sequence[int] | None = None,
+        on_step: Observer | None = None,
     ) -> BaseSamplerOutput:
-        """`noised_ids` with a token in the place of every mask; other positions keep theirs.
+        """See `BaseSampler.infill`."""
+        settings = self._settings(config)
+        if settings.early_stop:
+            raise InputError("early_stop has no effect on infilling: drop it")
+        is_masked = noised_ids == self.mask_token_id
+        if self.spec.logit_shift and bool(is_masked[:, : self.spec.logit_shift].any()):
+            raise InputError("the first token of a row is masked, which this model cannot predict: begin with a token")
+        blocks = _blocks(0, noised_ids.shape[1], settings.block_size)
+        real = torch.ones_like(is_masked) if attention_mask is None else attention_mask.bool()
+        canvas = _Canvas(
+            ids=noised_ids.clone(),
+            is_masked=is_masked,
+            attention_mask=attention_mask,
+            position_ids=None,
+            blocks=blocks,
+            num_masked=torch.stack([is_masked[:, start:end].sum(dim=1) for start, end in blocks], dim=1).cpu(),
+            to_output=None,
+            keys=self._keys(
+                settings, seeds, lambda: [row[seen].tolist() for row, seen in zip(noised_ids, real, strict=True)]
+            ),
+            first_new=None,
+        )
+        return self._denoise(canvas, settings, on_step)
 
-        Each of the S steps proposes a token for every masked position and commits the ceil or floor of (masks / S)
-        surest of each row (`get_num_transfer_tokens`).
-
-        Args:
-            noised_ids: int64 [B, L].
-            config: an `MDLMSamplerConfig`; None takes the defaults.
-            attention_mask: [B, L], 1 at real tokens; None attends to all.
-        """
+    def _settings(self, config: BaseSamplerConfig | None) -> MDLMSamplerConfig:
         settings = MDLMSamplerConfig() if config is None else config
         assert isinstance(settings, MDLMSamplerConfig)
-        banned = torch.tensor([self.mask_token_id, *settings.suppress_tokens], device=noised_ids.device)
-        generator = make_generator(settings.seed, device=noised_ids.device)
-        ids = noised_ids.clone()  # [B, L]
-        is_masked = ids == self.mask_token_id
-        positions = flat_positions(is_masked)  # [N], counted once: later steps need no answer from the device
-        schedule = get_num_transfer_tokens(is_masked.sum(dim=1), settings.steps)  # [B, S]
-        for step in range(settings.steps):
-            output = self.model(
-                input_ids=ids, attention_mask=attention_mask, logit_positions=positions - self.spec.logit_shift
-            )
-            logits = output.logits.float()  # [N, V]
-            logits[:, banned] = -torch.inf
-            tokens = add_gumbel_noise(logits, settings.temperature, generator).argmax(dim=-1)  # [N]
-            scores = torch.zeros(ids.numel(), device=ids.device)
-            scores[positions] = confidence(logits, tokens, settings.remasking, generator).float()
-            proposal = ids.reshape(-1).clone()
-            proposal[positions] = tokens
-            chosen = choose_positions(scores.view_as(ids), is_masked, schedule[:, step])  # [B, L]
-            ids = torch.where(chosen, proposal.view_as(ids), ids)
-            is_masked = is_masked & ~chosen
-        return BaseSamplerOutput(ids)
+        return settings
+
+    def _prompts_and_masks(
+        self, rows: list[list[int]], settings: MDLMSamplerConfig, seeds: Sequence[int] | None
+    ) -> _Canvas:
+        """The prompts, right-aligned, and `max_new_tokens` masks behind them."""
+        longest, new = max(map(len, rows)), settings.max_new_tokens
+        length, padding = longest + new, torch.tensor([longest - len(row) for row in rows])[:, None]  # [B, 1]
+        ids = torch.tensor(
+            [[self.pad_token_id] * (longest - len(row)) + row + [self.mask_token_id] * new for row in rows]
+        )
+        columns = torch.arange(length)[None]  # [1, L]
+        blocks = _blocks(longest, length, settings.block_size)
+        widths = torch.tensor([end - start for start, end in blocks])
+        padded = bool(padding.any())
+        device = self.lm.backbone.device
+        return _Canvas(
+            ids=ids.to(device),
+            is_masked=(columns >= longest).expand_as(ids).to(device, copy=True),
+            attention_mask=(columns >= padding).long().to(device) if padded else None,
+            position_ids=(columns - padding).clamp(min=0).to(device) if padded else None,
+            blocks=blocks,
+            num_masked=widths.expand(len(rows), -1),
+            to_output=((columns + padding) % length).to(device) if padded else None,
+            keys=self._keys(settings, seeds, lambda: rows),
+            first_new=longest,
+        )
+
+    def _keys(
+        self, settings: MDLMSamplerConfig, seeds: Sequence[int] | None, rows: Callable[[], list[list[int]]]
+    ) -> torch.Tensor | None:
+        if settings.temperature == 0 and settings.remasking != "random":
+            return None
+        parts = rows() if seeds is None else [[seed] for seed in seeds]
+        own = [derive_seed(settings.seed, *part) for part in parts]
+        return torch.tensor(own, device=self.lm.backbone.device)
+
+    def _denoise(self, canvas: _Canvas, settings: MDLMSamplerConfig, on_step: Observer | None) -> BaseSamplerOutput:
+        steps = _steps_per_block(canvas.num_masked, settings.steps)  # [B, number of blocks]
+        given = ~canvas.is_masked
+        nfe = torch.zeros(len(canvas.ids), dtype=torch.int64, device=canvas.ids.device)
+        histories: list[torch.Tensor] | None = [] if settings.histories else None
+        for block in range(len(canvas.blocks)):
+            for needed in self._fill_block(canvas, block, steps[:, block], given, settings):
+                nfe += needed
+                if on_step is not None or histories is not None:
+                    state = _laid_out(canvas.ids, canvas.to_output)
+                    if histories is not None:
+                        histories.append(state)
+                    if on_step is not None:
+                        on_step(state)
+        return self._output(canvas, settings, nfe, canvas.num_masked.sum(dim=1).to(nfe.device), histories)
+
+    def _fill_block(
+        self, canvas: _Canvas, block: int, steps: torch.Tensor, given: torch.Tensor, settings: MDLMSamplerConfig
+    ) -> Iterator[torch.Tensor]:
+        """Fills in one block of `canvas`; yields after every step how many forwards each row needed, [B]."""
+        start, end = canvas.blocks[block]
+        schedule = get_num_transfer_tokens(canvas.num_masked[:, block], steps)  # [B, S]
+        left = (canvas.num_masked[:, block, None] - schedule.cumsum(dim=1) + schedule).amax(dim=0).tolist()
+        schedule = schedule.to(canvas.ids.device)
+        passes = self._passes(canvas, start, end, settings)
+        banned = torch.tensor([self.mask_token_id, *settings.suppress_tokens], device=canvas.ids.device)
+        may_end_early = settings.threshold is not None or settings.early_stop
+        for step, scheduled in enumerate(left):
+            masked = canvas.is_masked[:, start:end]
+            n = int(masked.sum(dim=1).max()) if may_end_early else scheduled
+            if n == 0:
+                return
+            order = (~masked).to(torch.uint8).argsort(dim=1, stable=True)[:, :n]  # masked positions come first
+            columns = start + order  # [B, n]
+            candidates = masked.gather(1, order)  # [B, n], False where a row has fewer than n
+            needed = candidates.any(dim=1) * len(passes)
+            logits = self._guided(passes, canvas, columns, given, settings.cfg_scale)
+            keys = None if canvas.keys is None else _position_keys(canvas, columns, block, step)
+            tokens, scores = propose(logits, settings.remasking, settings.temperature, keys, banned)
+            tokens, scores = tokens.view_as(columns), scores.view_as(columns)
+            chosen = choose_positions(scores, candidates, schedule[:, step])
+            if settings.threshold is not None:
+                chosen = chosen | choose_above(scores, candidates, settings.threshold)
+            canvas.ids.scatter_(1, columns, torch.where(chosen, tokens, canvas.ids.gather(1, columns)))
+            canvas.is_masked.scatter_(1, columns, candidates & ~chosen)
+            if settings.early_stop:
+                self._end_rows(canvas)
+            yield needed
+
+    def _passes(self, canvas: _Canvas, start: int, end: int, settings: MDLMSamplerConfig) -> list[_Pass]:
+        """The forwards of a step: one, and with guidance a second that does not see the given tokens."""
+        count = 2 if settings.cfg_scale > 0 else 1
+        length = canvas.ids.shape[1]
+        if settings.cache == "none":
+            return [_Pass(None, (0, length))] * count
+        # A shifted model predicts the first token of the block one column before it.
+        window = (max(0, start - self.spec.logit_shift), length if settings.cache == "prefix" else end)
+        num_layers = len(self.lm.backbone.layers)
+        return [_Pass(WindowCache(num_layers, *window), window) for _ in range(count)]
+
+    def _guided(
+        self, passes: list[_Pass], canvas: _Canvas, columns: torch.Tensor, given: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Logits [B * n, V] that predict the tokens at `columns` [B, n]."""
+        conditional = self._logits(passes[0], canvas, canvas.ids, columns)
+        if len(passes) == 1:
+            return conditional
+        blank = torch.where(given, self.mask_token_id, canvas.ids)
+        unconditional = self._logits(passes[1], canvas, blank, columns)
+        return unconditional + (1 + scale) * (conditional - unconditional)
+
+    def _logits(self, which: _Pass, canvas: _Canvas, ids: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        cache = which.cache
+        # The first forward of a block sees all columns and fills the cache.
+        low, high = (0, ids.shape[1]) if cache is None or cache.get_seq_length() == 0 else which.window
+        position_ids = canvas.position_ids
+        if position_ids is None and cache is not None:
+            position_ids = torch.arange(ids.shape[1], device=ids.device)[None]
+        rows = torch.arange(len(ids), device=ids.device)[:, None] * (high - low)  # [B, 1]
+        output = self.model(
+            input_ids=ids[:, low:high],
+            attention_mask=canvas.attention_mask,
+            position_ids=None if position_ids is None else position_ids[:, low:high],
+            past_key_values=cache,
+            logit_positions=(rows + columns - low - self.spec.logit_shift).flatten(),
+        )
+        return output.logits
+
+    def _end_rows(self, canvas: _Canvas) -> None:
+        """Rows with an end-of-text token before all their masks are done: nothing of them is masked any more."""
+        masked = canvas.is_masked[:, canvas.first_new :]
+        ends = self._is_end(canvas.ids[:, canvas.first_new :]) & (masked.cumsum(dim=1) == 0)
+        masked &= ~ends.any(dim=1, keepdim=True)
+
+    def _is_end(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.isin(ids, torch.tensor(self.end_token_ids, device=ids.device))
+
+    def _output(
+        self,
+        canvas: _Canvas,
+        settings: MDLMSamplerConfig,
+        nfe: torch.Tensor,
+        num_committed: torch.Tensor,
+        histories: list[torch.Tensor] | None,
+    ) -> BaseSamplerOutput:
+        answers = None
+        if canvas.first_new is not None:
+            answers = canvas.ids[:, canvas.first_new :]
+            if settings.early_stop:
+                ends = self._is_end(answers)
+                behind = (ends.cumsum(dim=1) - ends.long()) > 0
+                answers.masked_fill_(behind, self.pad_token_id)  # a view of canvas.ids
+                num_committed = (~behind).sum(dim=1)
+            answers = answers.clone()
+        return BaseSamplerOutput(_laid_out(canvas.ids, canvas.to_output), answers, nfe, num_committed, histories)
+
+
+@dataclass
+class _Pass:
+    """One of the forwards of a step.
+
+    cache: keys and values of the block's first forward, or None.
+    window: columns that later forwards compute anew.
+    """
+
+    cache: WindowCache | None
+    window: tuple[int, int]
+
+
+def _blocks(start: int, end: int, block_size: int | None) -> list[tuple[int, int]]:
+    """[start, end) cut into blocks; the last one may be shorter."""
+    size = block_size or max(1, end - start)
+    return [(low, min(low + size, end)) for low in range(start, end, size)]
+
+
+def _steps_per_block(num_masked: torch.Tensor, steps: int | None) -> torch.Tensor:
+    """How many steps each row takes for each block, int64 [B, K], at least 1: as many as it has masks there, or an
+    equal share of `steps` (earlier blocks take the remainder) if that is less.
+
+    Raises:
+        InputError: fewer steps than blocks with masks.
+    """
+    if steps is None:
+        return num_masked.clamp(min=1)
+    filled = num_masked > 0  # [B, K]
+    count = filled.sum(dim=1, keepdim=True)  # [B, 1]
+    if steps < int(count.max()):
+        raise InputError(
+            f"steps={steps} is less than the {int(count.max())} blocks: give more steps, or a larger block_size"
+        )
+    rank = filled.cumsum(dim=1) - 1
+    share = steps // count.clamp(min=1) + (rank < steps % count.clamp(min=1))
+    return torch.minimum(share, num_masked).clamp(min=1)
+
+
+def _position_keys(canvas: _Canvas, columns: torch.Tensor, block: int, step: int) -> torch.Tensor:
+    """Keys of the draws at `columns` [B, n] in this step, int64 [B * n]; padding before a row does not change them."""
+    assert canvas.keys is not None
+    places = columns if canvas.position_ids is None else canvas.position_ids.gather(1, columns)
+    return mix_keys(mix_keys(mix_keys(canvas.keys, block), step)[:, None], places).flatten()
+
+
+def _laid_out(ids: torch.Tensor, to_output: torch.Tensor | None) -> torch.Tensor:
+    """The state in the order of the output, a copy."""
+    return ids.clone() if to_output is None else ids.gather(1, to_output)
