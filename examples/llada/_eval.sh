@@ -1,0 +1,41 @@
+# Sourced by eval_run.sh, eval_ruler.sh, eval_longbench.sh and their twins under mem/, which only choose defaults.
+#
+#   evaluate FLAG VALUE ... -- "$@"      # defaults of the script, then what the user typed (it wins)
+#
+# Runs from any folder, in the active Python environment, else in .venv of the repository; paths are relative to the
+# repository.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" && -x .venv/bin/python ]]; then
+    export PATH="$PWD/.venv/bin:$PATH"
+fi
+export TOKENIZERS_PARALLELISM=false
+
+# The published settings of each benchmark.
+babilong=(
+    --tasks babilong_longctx
+    --metadata '{"max_seq_lengths": "1k"}'
+    --max_length 4096 --max_new_tokens 16 --steps 16 --block_size 16
+)
+# Answers as long as each task asks for, one token per step.
+ruler=(
+    --tasks niah_multivalue,ruler_vt,ruler_cwe
+    --metadata '{"max_seq_lengths": [4096, 8192]}'
+    --max_length 8192
+)
+# The tasks of the paper's table. Their texts are often longer than the model's window, so they are cut on the left.
+longbench=(
+    --tasks "$(printf 'longbench_%s,' triviaqa passage_retrieval_en passage_retrieval_zh multifieldqa_en multifieldqa_zh \
+        2wikimqa dureader multi_news trec samsum lcc)longbench_repobench-p"
+    --max_length 8192 --max_new_tokens 256 --steps 128 --block_size 128
+    --extra_model_args truncation=left
+)
+memory=(
+    --extra_model_args "mem_enabled=True,mem_masking_strategy=pmc,mem_num_inner_steps=2,mem_inner_loss_type=ce"
+    --extra_model_args "mem_prompt_mask_ratio=0.2,mem_inner_lr=0.1,mem_inner_grad_clip=1.0"
+    --extra_model_args "mem_inner_rank=32,mem_inner_alpha=64.0,mem_inner_layer_fraction=0.1"
+)
+
+evaluate() {
+    exec python examples/llada/_eval.py "$0" "$@"
+}
