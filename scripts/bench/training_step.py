@@ -9,25 +9,32 @@ kinds of step train one model with one optimizer on rows with the same masks; wh
 """
 
 import itertools
-import json
 import math
-import pathlib
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, make_dataclass
+from dataclasses import asdict, dataclass, make_dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from bench_model import (
+    ModelOptions,
+    describe_machine,
+    make_model,
+    make_tokenizer,
+    option,
+    print_machine,
+    ratio_to,
+    synchronize,
+    write_json,
+)
 from rich.console import Console
 from rich.table import Table
 from step_parts import OPTIMIZER, OTHER, PARTS, PartClock, marking
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
 
 from dllm import utils
 from dllm.core.losses import loss_weights
@@ -35,9 +42,7 @@ from dllm.core.noising import draw_times, make_generator
 from dllm.core.trainers import MDLMConfig, MDLMTrainer
 from dllm.core.trainers.meters import peak_memory_mib
 from dllm.data.collators import IGNORE_INDEX, Batch
-from dllm.models import ModelSpec, get_spec
-from dllm.models.auto import DTYPES
-from dllm.models.layers import set_dropout
+from dllm.models import get_spec
 from dllm.models.lora import LoraSettings, add_lora
 from memdlm import MemDLMConfig, MemDLMTrainer
 from memdlm.memory.config import flag_fields
@@ -47,77 +52,35 @@ TIME_TOLERANCE = 0.005  # rows are chosen whose own draw of t comes this close t
 NUM_OBSERVED_STEPS = 3  # instrumented steps of each kind
 NUM_PEAK_STEPS = 3  # steps before peak memory is read
 PLAIN, MEMDLM, FULL_VOCABULARY = "plain", "memdlm", "full-vocabulary plain"
-# Sizes that only one family has, with their defaults.
-FAMILY_SIZES = {
-    "llada_moe": {"num_experts": 8, "num_experts_per_tok": 2, "expert_intermediate_size": 256},
-    "llada": {"mlp_hidden_size": 768},
-}
 # Memory is always on here, so the switch is no flag.
 MemoryFlags = make_dataclass("MemoryFlags", [flag for flag in flag_fields() if flag[0] != "mem_enabled"])
 console = Console()
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
-class Options:
+class Options(ModelOptions):
     """The model, the batch and the measurement; the settings of the memory are flags of their own (`--mem_*`)."""
 
-    family: Literal["llada_moe", "llada"] = _option("llada_moe", "Family of the model.")
-    hidden_size: int = _option(256, "Width of the hidden states, a multiple of 2 * num_heads.")
-    num_layers: int = _option(16, "Number of layers, at least 1.")
-    num_heads: int = _option(8, "Attention heads, at least 1.")
-    num_experts: int | None = _option(None, "Experts of a layer, at least 1. None: 8 (llada_moe).")
-    num_experts_per_tok: int | None = _option(None, "Experts of a token, at least 1. None: 2 (llada_moe).")
-    expert_intermediate_size: int | None = _option(None, "Width of an expert, at least 1. None: 256 (llada_moe).")
-    mlp_hidden_size: int | None = _option(None, "Width of the feed-forward part, at least 1. None: 768 (llada).")
-    vocab_size: int = _option(32000, "Tokens, special ones included, at least 16.")
-    batch_size: int = _option(2, "Rows, at least 1.")
-    length: int = _option(512, "Tokens of a row.")
-    prompt_length: int = _option(256, "Tokens of a row without label, at least 0 and below length.")
-    time: float = _option(0.5, f"Diffusion time t of every row (within {TIME_TOLERANCE}), in [0.01, 0.99].")
-    lora: bool = _option(False, "Train LoRA (r 32, alpha 64, every linear of the layers) instead of all weights.")
-    gradient_checkpointing: bool = _option(False, "Recompute activations in backward.")
-    device: Literal["cpu", "cuda"] = _option("cpu", "Where to run.")
-    dtype: Literal["float32", "bfloat16"] = _option("float32", "Type of the weights.")
-    threads: int = _option(1, "CPU threads, at least 1.")
-    rounds: int = _option(10, "Timed rounds (a step of each kind), at least 1.")
-    warmup_rounds: int = _option(2, "Rounds before them that do not count, at least 0.")
-    seed: int = _option(0, "Seed of weights, tokens and masks, at least 0.")
-    compare_full_vocabulary: bool = _option(
+    batch_size: int = option(2, "Rows, at least 1.")
+    length: int = option(512, "Tokens of a row.")
+    prompt_length: int = option(256, "Tokens of a row without label, at least 0 and below length.")
+    time: float = option(0.5, f"Diffusion time t of every row (within {TIME_TOLERANCE}), in [0.01, 0.99].")
+    lora: bool = option(False, "Train LoRA (r 32, alpha 64, every linear of the layers) instead of all weights.")
+    gradient_checkpointing: bool = option(False, "Recompute activations in backward.")
+    compare_full_vocabulary: bool = option(
         False, "Also time a plain step with logits and cross-entropy at all positions, masked afterwards."
     )
-    peak_memory: bool = _option(True, "Also measure peak memory (on a CPU in two fresh processes).")
-    json: str | None = _option(None, "File for all numbers. None: they are only printed.")
-    peak_memory_of: Literal["plain", "memdlm"] | None = _option(
+    peak_memory: bool = option(True, "Also measure peak memory (on a CPU in two fresh processes).")
+    peak_memory_of: Literal["plain", "memdlm"] | None = option(
         None, "Only print the peak memory of a process that takes three such steps (the script calls itself so)."
     )
 
     def __post_init__(self) -> None:
-        for family, sizes in FAMILY_SIZES.items():
-            for name, default in sizes.items():
-                if family == self.family and getattr(self, name) is None:
-                    setattr(self, name, default)
-                elif family != self.family and getattr(self, name) is not None:
-                    raise utils.InputError(f"--{name} has no effect with --family {self.family}: drop it")
-        least = {"vocab_size": 16, "prompt_length": 0, "warmup_rounds": 0, "seed": 0}
-        for name, value in asdict(self).items():
-            if type(value) is int and value < least.get(name, 1):
-                raise utils.InputError(f"--{name} must be at least {least.get(name, 1)}, got {value}")
-        if self.hidden_size % (2 * self.num_heads):
-            raise utils.InputError(f"--hidden_size must be a multiple of {2 * self.num_heads} (2 * num_heads)")
-        if (self.num_experts_per_tok or 0) > (self.num_experts or 0):
-            raise utils.InputError(f"--num_experts_per_tok must be at most --num_experts {self.num_experts}")
+        super().__post_init__()
         if self.prompt_length >= self.length:
             raise utils.InputError(f"--prompt_length must be below --length {self.length}, got {self.prompt_length}")
         if not 0.01 <= self.time <= 0.99:
             raise utils.InputError(f"--time must lie in [0.01, 0.99], got {self.time}")
-        if self.json is not None and not pathlib.Path(self.json).absolute().parent.is_dir():
-            raise utils.InputError(f"--json {self.json}: its folder does not exist, make it first")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise utils.InputError("torch finds no CUDA device: use --device cpu")
 
 
 class FullVocabularyTrainer(MDLMTrainer):
@@ -158,9 +121,10 @@ class Bench:
     """One model and one optimizer, a trainer of each kind and its batch."""
 
     def __init__(self, options: Options, settings: dict[str, MDLMConfig]) -> None:
-        spec = get_spec(options.family)
-        tokenizer = make_tokenizer(spec)
-        self.model = make_model(options, spec)
+        tokenizer = make_tokenizer(get_spec(options.family))
+        self.model = make_model(options)
+        if options.lora:
+            self.model = add_lora(self.model, LoraSettings(r=32, alpha=64, dropout=0.0), options.seed)
         self.trainers = {
             kind: TRAINERS[kind](model=self.model, args=args, processing_class=tokenizer)
             for kind, args in settings.items()
@@ -183,34 +147,6 @@ class Bench:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss
-
-    def synchronize(self) -> None:
-        """Waits for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-
-def make_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
-    """The special tokens of the family and nothing else: the rows are made of random ids behind them."""
-    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(spec.special_tokens)}))
-    return PreTrainedTokenizerFast(tokenizer_object=core, mask_token=spec.mask_token, pad_token=spec.pad_token)
-
-
-def make_model(options: Options, spec: ModelSpec) -> Any:
-    """Random weights, with LoRA if asked for, without dropout."""
-    sizes = {
-        "vocab_size": options.vocab_size,
-        "hidden_size": options.hidden_size,
-        "num_hidden_layers": options.num_layers,
-        "num_attention_heads": options.num_heads,
-        **{name: getattr(options, name) for name in FAMILY_SIZES[options.family]},
-    }
-    own_names = spec.config_class.attribute_map
-    config = spec.config_class(**{own_names.get(name, name): size for name, size in sizes.items()})
-    torch.manual_seed(options.seed)
-    model = spec.model_class(config).to(DTYPES[options.dtype])
-    set_dropout(model, 0.0)
-    return add_lora(model, LoraSettings(r=32, alpha=64, dropout=0.0), options.seed) if options.lora else model
 
 
 def make_rows(options: Options, trainer: MDLMTrainer, first_token: int) -> list[Batch]:
@@ -240,10 +176,10 @@ def time_steps(bench: Bench, rounds: int, warmup_rounds: int) -> dict[str, dict[
     found: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in bench.trainers} for name in names}
     for number in range(-warmup_rounds, rounds):
         for kind in list(bench.trainers)[:: 1 if number % 2 else -1]:
-            bench.synchronize()
+            synchronize(bench.device)
             began, cpu_began = time.perf_counter(), time.process_time()
             loss = bench.step(kind)
-            bench.synchronize()
+            synchronize(bench.device)
             values = (time.perf_counter() - began, time.process_time() - cpu_began, float(loss))
             if not math.isfinite(values[-1]):
                 raise RuntimeError(f"the loss of the {kind} step is {values[-1]}")
@@ -257,7 +193,7 @@ def observe_parts(bench: Bench, kind: str) -> dict[str, float]:
     """Seconds of each part of an instrumented step (the one of median length of a few), and "whole"."""
     steps = []
     for _ in range(NUM_OBSERVED_STEPS):
-        clock = PartClock(PARTS[kind], bench.synchronize)
+        clock = PartClock(PARTS[kind], lambda: synchronize(bench.device))
         with marking(bench.trainers[kind], clock):
             began = time.perf_counter()
             clock.mark(OTHER)
@@ -273,7 +209,7 @@ def peak_of(bench: Bench, kind: str) -> float:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(NUM_PEAK_STEPS):
         bench.step(kind)
-    bench.synchronize()
+    synchronize(bench.device)
     return peak_memory_mib(bench.device)
 
 
@@ -289,30 +225,14 @@ def peaks_of_processes(arguments: list[str]) -> dict[str, float]:
     return peaks
 
 
-def describe_machine(bench: Bench) -> dict[str, Any]:
+def describe(bench: Bench) -> dict[str, Any]:
     """What ran, and on what."""
-    name = "unknown CPU"
-    if bench.device.type == "cuda":
-        name = torch.cuda.get_device_name()
-    elif (info := pathlib.Path("/proc/cpuinfo")).is_file():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        name = names[0] if names else name
     return {
-        "machine": name,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "parameters": sum(p.numel() for p in bench.model.parameters()),
+        **describe_machine(bench.model, bench.device),
         "trained_parameters": sum(p.numel() for p in bench.parameters),
         "loss_positions": len(bench.batches[PLAIN]["loss_positions"]),
         "inner_loss_positions": [len(s["loss_positions"]) for s in bench.batches[MEMDLM]["memory_plan"]["steps"]],
     }
-
-
-def ratios(times: dict[str, list[float]], kind: str) -> dict[str, float]:
-    """Time of `kind` over that of the plain step: of the medians, and the least and the largest of a round."""
-    by_round = [one / plain for one, plain in zip(times[kind], times[PLAIN], strict=True)]
-    of_medians = statistics.median(times[kind]) / statistics.median(times[PLAIN])
-    return {"ratio": of_medians, "smallest": min(by_round), "largest": max(by_round)}
 
 
 def print_times(results: dict[str, Any]) -> None:
@@ -339,7 +259,7 @@ def print_parts(parts: dict[str, float], kind: str) -> None:
 
 def print_results(results: dict[str, Any]) -> None:
     """Everything, the ratios on lines of their own."""
-    print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in results["machine"].items()))
+    print_machine(results["machine"])
     print_times(results)
     for kind, parts in results["parts"].items():
         print_parts(parts, kind)
@@ -375,15 +295,18 @@ def main() -> None:
             peaks = {kind: peak_of(bench, kind) for kind in PARTS}
         results = {
             "options": {**asdict(options), **asdict(memory)},
-            "machine": describe_machine(bench),
+            "machine": describe(bench),
             **times,
-            "ratios": {kind: ratios(times["seconds"], kind) for kind in bench.trainers if kind != PLAIN},
+            "ratios": {
+                kind: ratio_to(seconds, times["seconds"][PLAIN])
+                for kind, seconds in times["seconds"].items()
+                if kind != PLAIN
+            },
             "parts": parts,
             "peak_memory_mib": peaks,
         }
     print_results(results)
-    if options.json is not None:
-        pathlib.Path(options.json).write_text(json.dumps(results, indent=2) + "\n")
+    write_json(options.json, results)
 
 
 if __name__ == "__main__":
