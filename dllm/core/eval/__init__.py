@@ -1,5 +1,7 @@
 """Evaluation with lm-eval: model arguments, the harness, likelihoods."""
 
 from dllm.core.eval.config import BaseEvalConfig, MDLMEvalConfig
+from dllm.core.eval.harness import BaseEvalHarness, Interrupted
+from dllm.core.eval.mdlm import MDLMEvalHarness
 
-__all__ = ["BaseEvalConfig", "MDLMEvalConfig"]
+__all__ = ["BaseEvalConfig", "BaseEvalHarness", "Interrupted", "MDLMEvalConfig", "MDLMEvalHarness"]

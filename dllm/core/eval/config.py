@@ -89,7 +89,9 @@ class MDLMEvalConfig(BaseEvalConfig):
     threshold: float | None = _argument(None, "Commit every token surer than this as well, in (0, 1].")
     cfg: float | None = _argument(None, "Scale of classifier-free guidance, at least 0; acts on likelihoods too.")
     cache: Literal["none", "prefix", "dual"] | None = _argument(None, "Approximate reuse of keys and values.")
-    early_stop: bool | None = _argument(None, "A row ends with its first end-of-text token.")
+    early_stop: bool = _argument(
+        True, "Stop a row at its first end-of-text or end-of-turn token; its text is the same, with fewer forwards."
+    )
     preset: str | None = _argument(None, "Published settings by name.")
 
     def __post_init__(self) -> None:

@@ -1,0 +1,111 @@
+"""Answers kept on disk as they come, so that an interrupted evaluation goes on where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from dataclasses import dataclass
+from typing import Any
+
+from dllm.core.eval.progress import say
+from dllm.models.checkpoint import find_file
+from dllm.utils.parsing import InputError
+
+_FILES = ("*.safetensors", "*config.json", "tokenizer*.json")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a request got.
+
+    value: text (generate_until), [log-likelihood, is greedy] (loglikelihood) or log-likelihood (loglikelihood_rolling).
+    nfe: forwards of the model that it needed.
+    num_tokens: tokens that were made, or scored.
+    without_memory: why it was answered without the memory that was asked for; None: no such thing.
+    """
+
+    value: Any
+    nfe: int
+    num_tokens: int
+    without_memory: str | None = None
+
+
+class AnswerStore:
+    """Answers by key, one JSON line each in `answers-RANK.jsonl` of a folder; in memory alone without a folder.
+
+    Lines of all ranks are read, so a run may be continued with another number of processes.
+
+    Args:
+        folder: where the files are; None keeps nothing.
+        rank: index of this process, which writes to a file of its own.
+
+    Raises:
+        InputError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: str | None, rank: int = 0) -> None:
+        self.folder = None if folder is None else pathlib.Path(folder)
+        self._answers: dict[str, Answer] = {}
+        self._file = None
+        if self.folder is None:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"answers_dir {folder} cannot be made ({error}): name another folder") from error
+        damaged = sum(self._read(path) for path in sorted(self.folder.glob("answers-*.jsonl")))
+        if damaged:
+            say(f"{self.folder}: {damaged} damaged line(s) ignored (an earlier run was cut off); asked again")
+        path = self.folder / f"answers-{rank}.jsonl"
+        is_cut = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
+        self._file = path.open("a", encoding="utf-8")
+        if is_cut:
+            self._file.write("\n")  # else the next answer would be damaged too
+
+    def _read(self, path: pathlib.Path) -> int:
+        """Takes in a file; how many of its lines are damaged."""
+        names = {field.name for field in dataclasses.fields(Answer)}
+        damaged = 0
+        for line in path.read_bytes().splitlines():
+            try:
+                entry = json.loads(line) if line.strip() else None
+            except ValueError:
+                damaged += 1
+                continue
+            if isinstance(entry, dict) and names < set(entry):
+                self._answers[entry["key"]] = Answer(**{name: entry[name] for name in names})
+            elif entry is not None:
+                damaged += 1
+        return damaged
+
+    def get(self, key: str) -> Answer | None:
+        """The answer kept under `key`."""
+        return self._answers.get(key)
+
+    def add(self, key: str, answer: Answer) -> None:
+        """Keeps an answer, at once also on disk."""
+        if self._file is None:
+            return
+        self._answers[key] = answer
+        self._file.write(json.dumps({"key": key, **dataclasses.asdict(answer)}) + "\n")
+        self._file.flush()
+
+
+def request_key(fingerprint: str, *parts: Any) -> str:
+    """Hex digest over everything that decides an answer; `parts` must be JSON."""
+    return hashlib.sha256(json.dumps([fingerprint, *parts], sort_keys=True).encode()).hexdigest()
+
+
+def checkpoint_stamp(name_or_path: str) -> Any:
+    """JSON that changes when a checkpoint or adapter does: name, size and time of the files in its folder, or the
+    commit of a Hub name."""
+    folder = pathlib.Path(name_or_path)
+    if folder.is_dir():
+        files = sorted({path for pattern in _FILES for path in folder.glob(pattern)})
+        stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        return [str(folder.resolve()), stamps]
+    config = find_file(name_or_path, "config.json") or find_file(name_or_path, "adapter_config.json")
+    # In the Hub's cache the folder around the file is named after the commit.
+    return [name_or_path, None if config is None else config.parent.name]

@@ -1,0 +1,271 @@
+"""How likely a masked-diffusion LM finds a continuation: an estimate over random masks, and what it says greedily.
+
+Shapes: I items, S masked states of an item, T target tokens, R rows of a forward, L positions, N masked positions,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dllm.core.losses import chunk_rows, token_nll
+from dllm.core.noising import flat_positions, make_generator
+from dllm.core.reveal import choose_positions, propose
+from dllm.models.backbone import DiffusionLM
+from dllm.models.spec import spec_of
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """How logits are made.
+
+    lm: the unwrapped model, in eval mode.
+    mask_token_id, pad_token_id: ids of the special tokens.
+    cfg_scale: classifier-free guidance, at least 0: logits u + (1 + scale) (c - u), u from a masked context; 0: c.
+    batch_size: rows per forward, at least 1.
+    """
+
+    lm: DiffusionLM
+    mask_token_id: int
+    pad_token_id: int
+    cfg_scale: float = 0.0
+    batch_size: int = 1
+
+    @property
+    def forwards_per_row(self) -> int:
+        """Forwards of the model that a masked state needs: 1, or 2 with guidance."""
+        return 2 if self.cfg_scale > 0 else 1
+
+
+@dataclass(frozen=True)
+class Item:
+    """A continuation to score.
+
+    context: token ids before it, at least one.
+    target: its token ids.
+    """
+
+    context: tuple[int, ...]
+    target: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class MaskPlan:
+    """Which target tokens each state masks, and what its sum of log-probabilities counts.
+
+    is_masked: bool [S, T].
+    weights: float64 [S].
+    """
+
+    is_masked: torch.Tensor
+    weights: torch.Tensor
+
+
+def num_states(num_tokens: int, mc_num: int) -> int:
+    """How many masked states `mask_plan` makes: min(mc_num, 2^T - 1), none for an empty target."""
+    return min(mc_num, 2 ** min(num_tokens, 62) - 1)
+
+
+def mask_plan(num_tokens: int, mc_num: int, generator: torch.Generator) -> MaskPlan:
+    """The states of the estimate sum_s w_s * sum_(j masked in s) log p(x_j | what s shows).
+
+    Its expectation is the bound of arXiv 2502.09992, equation 6 (one target of T tokens):
+
+        mean over k = 1..T of  mean over the subsets m of k tokens of  (T / k) * sum_(j in m) log p(x_j | rest)
+
+    Drawn: `mc_num` states; their k run through 1..T in equal strides from a random start (so each k is as likely as
+    any other), which tokens are masked is uniform, w = T / (k * mc_num). Where all 2^T - 1 subsets are at most `mc_num`
+    they are summed instead, w = 1 / (k * binomial(T, k)): the bound itself, nothing is drawn.
+
+    Args:
+        num_tokens: T, at least 1.
+        mc_num: most states, at least 1.
+        generator: on the CPU.
+    """
+    if num_states(num_tokens, mc_num) < mc_num or 2**num_tokens - 1 == mc_num:
+        subsets = torch.arange(1, 2**num_tokens)  # [S]
+        is_masked = (subsets[:, None] >> torch.arange(num_tokens)) % 2 == 1  # [S, T]
+        weights = [1 / (k * math.comb(num_tokens, k)) for k in is_masked.sum(dim=1).tolist()]
+        return MaskPlan(is_masked, torch.tensor(weights, dtype=torch.float64))
+    start = torch.randint(num_tokens, (), generator=generator)
+    counts = (start + torch.arange(mc_num) * num_tokens // mc_num) % num_tokens + 1  # [S]
+    noise = torch.rand(mc_num, num_tokens, generator=generator)
+    is_masked = noise.argsort(dim=1).argsort(dim=1) < counts[:, None]  # [S, T]
+    return MaskPlan(is_masked, num_tokens / (counts.double() * mc_num))
+
+
+@torch.no_grad()
+def log_likelihoods(scorer: Scorer, items: Sequence[Item], mc_num: int, seed: int) -> list[float]:
+    """The estimate of `mask_plan` for each item, in nats; 0 for an empty target.
+
+    States of all items share forwards. An item's masks follow from `seed` and its tokens alone.
+
+    Args:
+        scorer: the model.
+        items: what to score.
+        mc_num: most states per item.
+        seed: of the masks.
+    """
+    scored = [index for index, item in enumerate(items) if item.target]
+    sums = torch.zeros(len(items), dtype=torch.float64, device=scorer.lm.device)
+    plans = []
+    for index in scored:
+        item = items[index]
+        generator = make_generator("likelihood", seed, len(item.context), *item.context, *item.target)
+        plans.append(mask_plan(len(item.target), mc_num, generator))
+    for batch in _state_batches(scored, plans, scorer.batch_size):
+        rows = _Rows.make([items[index] for index, _, _ in batch], scorer)
+        masked = rows.masked_where([mask for _, mask, _ in batch])  # [R, L] on the CPU
+        positions = flat_positions(masked)  # [N]
+        owners = torch.tensor([index for index, _, _ in batch])[positions // masked.shape[1]]
+        weights = torch.tensor([float(weight) for _, _, weight in batch], dtype=torch.float64)
+        per_position = weights[positions // masked.shape[1]].to(sums.device)
+        nll = _masked_nll(scorer, rows, masked.to(sums.device), positions.to(sums.device))
+        sums.index_add_(0, owners.to(sums.device), -nll.double() * per_position)
+    return sums.tolist()
+
+
+def _state_batches(
+    scored: Sequence[int], plans: Sequence[MaskPlan], batch_size: int
+) -> Iterator[list[tuple[int, torch.Tensor, torch.Tensor]]]:
+    """(item, mask [T], weight) of every state, `batch_size` at a time."""
+    batch = []
+    for index, plan in zip(scored, plans, strict=True):
+        for mask, weight in zip(plan.is_masked, plan.weights, strict=True):
+            batch.append((index, mask, weight))
+            if len(batch) == batch_size:
+                yield batch
+                batch = []
+    if batch:
+        yield batch
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Context and target of some items, padded on the right, on the model's device.
+
+    ids: int64 [R, L], nothing masked.
+    attention_mask: [R, L], or None if all rows are equally long.
+    is_context: bool [R, L].
+    starts: where each target begins.
+    """
+
+    ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    is_context: torch.Tensor
+    starts: list[int]
+
+    @classmethod
+    def make(cls, items: Sequence[Item], scorer: Scorer) -> _Rows:
+        whole = [torch.tensor(item.context + item.target) for item in items]
+        ids = torch.nn.utils.rnn.pad_sequence(whole, batch_first=True, padding_value=scorer.pad_token_id)  # [R, L]
+        columns = torch.arange(ids.shape[1])[None]
+        lengths = torch.tensor([len(row) for row in whole])[:, None]
+        starts = [len(item.context) for item in items]
+        mask = columns < lengths  # [R, L]
+        is_context = columns < torch.tensor(starts)[:, None]
+        device = scorer.lm.device
+        return cls(ids.to(device), None if bool(mask.all()) else mask.long().to(device), is_context.to(device), starts)
+
+    def masked_where(self, masks: Sequence[torch.Tensor]) -> torch.Tensor:
+        """bool [R, L] on the CPU from one mask [T] per row."""
+        masked = torch.zeros(self.ids.shape, dtype=torch.bool)
+        for row, (start, mask) in enumerate(zip(self.starts, masks, strict=True)):
+            masked[row, start : start + len(mask)] = mask
+        return masked
+
+    def take(self, rows: torch.Tensor) -> _Rows:
+        """Some of the rows, by index."""
+        mask = None if self.attention_mask is None else self.attention_mask[rows]
+        starts = [self.starts[row] for row in rows.tolist()]
+        return _Rows(self.ids[rows], mask, self.is_context[rows], starts)
+
+
+def _masked_nll(scorer: Scorer, rows: _Rows, masked: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """-log p of the true tokens at flat `positions`, [N]; the head runs on a chunk of positions at a time."""
+    targets = rows.ids.flatten()[positions]
+    noised = rows.ids.masked_fill(masked, scorer.mask_token_id)
+    parts = zip(_logits(scorer, rows, noised, positions), targets.split(_chunk(scorer)), strict=True)
+    return torch.cat([token_nll(logits, target) for logits, target in parts])
+
+
+def _logits(scorer: Scorer, rows: _Rows, noised: torch.Tensor, positions: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Logits [n, V] that predict the tokens at flat `positions`, a chunk of them at a time."""
+    conditional = _hidden(scorer, noised, rows.attention_mask, positions)
+    if scorer.cfg_scale == 0:
+        yield from map(scorer.lm.head, conditional)
+        return
+    blank = noised.masked_fill(rows.is_context, scorer.mask_token_id)
+    unconditional = _hidden(scorer, blank, rows.attention_mask, positions)
+    for given, free in zip(conditional, unconditional, strict=True):
+        base = scorer.lm.head(free)
+        yield base + (1 + scorer.cfg_scale) * (scorer.lm.head(given) - base)
+
+
+def _hidden(
+    scorer: Scorer, ids: torch.Tensor, attention_mask: torch.Tensor | None, positions: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Hidden states that predict flat `positions`, in chunks [n, D]."""
+    output = scorer.lm.backbone(input_ids=ids, attention_mask=attention_mask)
+    wanted = output.last_hidden_state.flatten(0, 1)[positions - spec_of(scorer.lm).logit_shift]  # [N, D]
+    return wanted.split(_chunk(scorer))
+
+
+def _chunk(scorer: Scorer) -> int:
+    return chunk_rows(scorer.lm.config.vocab_size, scorer.lm.device)
+
+
+@torch.no_grad()
+def greedy_matches(scorer: Scorer, items: Sequence[Item]) -> list[tuple[bool, int]]:
+    """(whether greedy decoding gives the target, masked states looked at) of each item; (True, 0) for an empty target.
+
+    Greedy decoding begins with the whole target masked, commits one token per step, the surest of all, and never the
+    mask token; a row ends at its first token that differs from the target.
+
+    Args:
+        scorer: the model.
+        items: what to decode.
+    """
+    found = [(not item.target, 0) for item in items]
+    asked = [index for index, item in enumerate(items) if item.target]
+    for first in range(0, len(asked), scorer.batch_size):
+        part = asked[first : first + scorer.batch_size]
+        for index, result in zip(part, _decode_greedily(scorer, [items[index] for index in part]), strict=True):
+            found[index] = result
+    return found
+
+
+def _decode_greedily(scorer: Scorer, items: Sequence[Item]) -> list[tuple[bool, int]]:
+    rows = _Rows.make(items, scorer)
+    device = rows.ids.device
+    banned = torch.tensor([scorer.mask_token_id], device=device)
+    masked = rows.masked_where([torch.ones(len(item.target), dtype=torch.bool) for item in items]).to(device)
+    alive = list(range(len(items)))
+    found = [(False, 0)] * len(items)
+    step = 0
+    while alive:
+        step += 1
+        positions = flat_positions(masked)
+        noised = rows.ids.masked_fill(masked, scorer.mask_token_id)
+        made = [propose(logits, banned=banned) for logits in _logits(scorer, rows, noised, positions)]
+        tokens, sure = torch.cat([part[0] for part in made]), torch.cat([part[1] for part in made])
+        scores = torch.zeros(masked.shape, dtype=sure.dtype, device=device)
+        proposed = rows.ids.clone()
+        scores.view(-1)[positions] = sure
+        proposed.view(-1)[positions] = tokens
+        chosen = choose_positions(scores, masked, torch.ones(len(alive), dtype=torch.int64, device=device))
+        right = ~(chosen & (proposed != rows.ids)).any(dim=1)  # [R]
+        masked = masked & ~chosen
+        going = (right & masked.any(dim=1)).tolist()
+        for row, (is_right, goes_on) in enumerate(zip(right.tolist(), going, strict=True)):
+            if not goes_on:
+                found[alive[row]] = (is_right, step)
+        keep = [row for row, goes_on in enumerate(going) if goes_on]
+        alive = [alive[row] for row in keep]
+        index = torch.tensor(keep, dtype=torch.int64, device=device)
+        rows, masked = rows.take(index), masked[index]
+    return found
