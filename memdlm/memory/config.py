@@ -12,6 +12,10 @@ from dllm.core.losses import NormType, WeightType
 from dllm.utils.parsing import InputError
 
 FLAG_PREFIX = "mem_"
+# What differs from the defaults for training where a memory is written from prompts.
+DECODING_DEFAULTS: dict[str, Any] = {"enabled": True, "scope": "row", "sync_inner": False}
+# Settings that matter for labels alone, and the values that they may have without any.
+IDLE_WITHOUT_LABELS = {"inner_target": ("response", "prompt"), "pad_unmask_mode": ("none",)}
 PROGRESSIVE_START_RATIO = 0.8  # share of masked positions in the first state of progressive_memory
 
 MaskingStrategy = Literal["pmc", "progressive_memory_consistent", "progressive_memory", "pre_only", "no_progressive"]
@@ -207,6 +211,27 @@ class MemoryConfig:
         return tuple(role.strip() for role in self.inner_target_modules.split(",") if role.strip())
 
     @classmethod
+    def for_decoding(cls, **settings: Any) -> MemoryConfig:
+        """The settings for a memory written from prompts: on, scope row, nothing averaged over ranks; `settings` (names
+        without `mem_`) set the others.
+
+        Raises:
+            InputError: an unknown setting; one that can have no effect without labels; those of `MemoryConfig`.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = [name for name in settings if name not in known]
+        if unknown:
+            raise InputError(f"unknown memory setting {', '.join(unknown)}; allowed: {', '.join(known)}")
+        config = cls(**{**DECODING_DEFAULTS, **settings})
+        for name, allowed in IDLE_WITHOUT_LABELS.items():
+            if getattr(config, name) not in allowed:
+                raise InputError(
+                    f"{FLAG_PREFIX}{name}={getattr(config, name)} has no effect on a memory written from a prompt "
+                    "(there are no labels): drop it"
+                )
+        return config
+
+    @classmethod
     def from_flags(cls, flags: Any, **overrides: Any) -> MemoryConfig:
         """The settings held by the `mem_*` attributes of `flags` (see `flag_fields`); `overrides` set the others by
         name."""
@@ -226,4 +251,17 @@ def flag_fields() -> list[tuple[str, Any, Any]]:
         (FLAG_PREFIX + f.name, hints[f.name], field(default=f.default, metadata=dict(f.metadata)))
         for f in dataclasses.fields(MemoryConfig)
         if "evaluation_only" not in f.metadata
+    ]
+
+
+def decoding_fields() -> list[tuple[str, Any, Any]]:
+    """(name, type, field) of every setting with the prefix `mem_` and its default of `MemoryConfig.for_decoding`."""
+    hints = get_type_hints(MemoryConfig)
+    return [
+        (
+            FLAG_PREFIX + f.name,
+            hints[f.name],
+            field(default=DECODING_DEFAULTS.get(f.name, f.default), metadata={"help": f.metadata["help"]}),
+        )
+        for f in dataclasses.fields(MemoryConfig)
     ]

@@ -148,7 +148,8 @@ class FastWeights:
     ...), then the second of every linear (B_0, B_1, ...): one gradient, one norm kernel per step, one all-reduce. With
     scope "batch" there is one memory for all rows, phi [1, P]; with scope "row" one per sequence, phi [B, P], and
     linears see inputs whose first dimension is the row (routed experts are switched to that form while a memory is in
-    place). Unset ("not written") adds nothing: the model is the base model bit for bit.
+    place). Set as `shared`, a memory of scope "row" serves all rows of any batch as that of scope "batch" does. Unset
+    ("not written") adds nothing: the model is the base model bit for bit.
 
     Args:
         targets: name -> linear (plain, quantised or PEFT-wrapped).
@@ -176,6 +177,7 @@ class FastWeights:
         self.numel = sum(self.sizes)
         self._value: torch.Tensor | None = None
         self._matrices: list[tuple[torch.Tensor, ...]] = []  # of each target
+        self._set_by_row = False  # whether what is in place is one memory per row
         self._attached = False
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
@@ -200,23 +202,29 @@ class FastWeights:
         names = [f"{name}.{which}" for which in self.adapter.names for name in self.targets]
         return dict(zip(names, self.views(flat), strict=True))
 
-    def set(self, flat: torch.Tensor | None) -> None:
+    def set(self, flat: torch.Tensor | None, *, shared: bool = False) -> None:
         """Puts `flat` [G, P] in place (a tensor that requires grad gets gradients), or with None takes the memory away.
+
+        Args:
+            flat: the values; None unsets.
+            shared: with scope "row" and G = 1, this memory for all rows of whatever batch.
 
         Raises:
             ValueError: a tensor of another shape.
         """
-        if flat is not None and (flat.dim() != 2 or flat.shape[1] != self.numel or (len(flat) > 1 and not self.by_row)):
-            wanted = "B" if self.by_row else "1"
+        by_row = self.by_row and not shared
+        if flat is not None and (flat.dim() != 2 or flat.shape[1] != self.numel or (len(flat) > 1 and not by_row)):
+            wanted = "B" if by_row else "1"
             raise ValueError(f"fast weights are [{wanted}, {self.numel}], got a tensor of shape {list(flat.shape)}")
         self._value = flat
         self._matrices = []
+        self._set_by_row = flat is not None and by_row
         if flat is not None:
-            matrices = self.views((flat if self.by_row else flat[0]).to(self.dtype))
+            matrices = self.views((flat if by_row else flat[0]).to(self.dtype))
             kinds = [matrices[start :: len(self.targets)] for start in range(len(self.targets))]
             self._matrices = [tuple(kind) for kind in kinds]
         for block in self.routed if self.by_row else ():
-            block.by_row = flat is not None
+            block.by_row = self._set_by_row
 
     @property
     def value(self) -> torch.Tensor | None:
@@ -262,7 +270,7 @@ class FastWeights:
             if self._value is None:
                 return None
             (x,) = args
-            if self.by_row and len(x) != len(self._value):
+            if self._set_by_row and len(x) != len(self._value):
                 raise ValueError(
                     f"a memory of {len(self._value)} rows (mem_scope=row) is in place, the batch has {len(x)}: write "
                     "one for this batch, or reset() it"

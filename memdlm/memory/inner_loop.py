@@ -53,6 +53,7 @@ class InnerReport:
     skipped: torch.Tensor  # [S, G], 1 where the memory did not move: nothing to predict, not finite, or no slope
     empty_rows: torch.Tensor  # [S], rows with nothing to predict
     bad_rows: torch.Tensor  # [S], rows left out because their loss is not finite
+    left_out: torch.Tensor  # [S, B], 1 where it was this row
     change: torch.Tensor  # [G], |phi_S - phi_0|
 
 
@@ -82,7 +83,7 @@ def fit(
     trace = []
     for _ in range(config.num_inner_epochs):
         for step in plan.steps:
-            gradient, loss, rows = _gradient(fast, phi, plan, step, network, config, scheduler)
+            gradient, loss, num_empty, left_out = _gradient(fast, phi, plan, step, network, config, scheduler)
             if reduce_gradient is not None:
                 gradient = reduce_gradient(gradient)
             # A memory with nothing to predict has a zero gradient, unless other ranks had something.
@@ -91,7 +92,8 @@ def fit(
             update = config.inner_lr * clip_gradient(gradient, fast.sizes, config.inner_grad_clip, config.clip_kind)
             update.masked_fill_(~moves[:, None], 0)
             phi = phi - update
-            trace.append((loss, norm, update.norm(dim=-1), (~moves).float(), *rows))
+            counts = num_empty, left_out.sum(), left_out
+            trace.append((loss, norm, update.norm(dim=-1), (~moves).float(), *counts))
     fast.set(phi)
     columns = [torch.stack(column) for column in zip(*trace, strict=True)]
     return InnerReport(*columns, change=(phi - initial).norm(dim=-1))
@@ -136,12 +138,12 @@ def _gradient(
     network: Network,
     config: MemoryConfig,
     scheduler: BaseAlphaScheduler,
-) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """(gradient [G, P], losses [G], (rows with nothing to predict, rows left out)), detached."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(gradient [G, P], losses [G], number of rows with nothing to predict, rows left out [B]), detached."""
     positions = step.loss_positions
     if len(positions) == 0:
-        none = torch.zeros((), device=phi.device)
-        return torch.zeros_like(phi), torch.zeros_like(phi[:, 0]), (none + plan.num_rows, none)
+        none = torch.zeros(plan.num_rows, device=phi.device)
+        return torch.zeros_like(phi), torch.zeros_like(phi[:, 0]), (none + 1).sum(), none
     with torch.enable_grad():
         leaf = phi.detach().requires_grad_()
         fast.set(leaf)
@@ -151,14 +153,14 @@ def _gradient(
     losses, slopes = _losses_and_slopes(student.detach(), teacher, step.targets, network, config)
     rows = positions // plan.length  # [N]
     weights = loss_weights(step.t, scheduler, config.loss_weight_type)
-    keep, factors, left_out = _row_factors(losses, rows, weights, len(phi), config.loss_norm_type)
+    keep, factors, num_empty, left_out = _row_factors(losses, rows, weights, len(phi), config.loss_norm_type)
     slopes = torch.where(keep[:, None], slopes * factors[:, None].to(slopes.dtype), torch.zeros_like(slopes))
     # Not backward(): that would add to the gradients of the slow weights.
     (gradient,) = torch.autograd.grad(student, leaf, slopes)
     terms = torch.where(keep, losses * factors, torch.zeros_like(losses))
     memories = rows * len(phi) // plan.num_rows  # which memory a position belongs to: its row, or the only one
     loss = torch.zeros(len(phi), dtype=terms.dtype, device=phi.device).index_add(0, memories, terms)
-    return gradient, loss, left_out
+    return gradient, loss, num_empty, left_out
 
 
 def _losses_and_slopes(
@@ -195,9 +197,9 @@ def _losses_and_slopes(
 
 def _row_factors(
     losses: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor, num_memories: int, norm_type: NormType
-) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """What each position's loss is multiplied by: (whether it counts, bool [N]; factors [N]; (rows without positions,
-    rows left out)).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What each position's loss is multiplied by: (whether it counts, bool [N]; factors [N]; number of rows without
+    positions; 1 at rows left out, [B]).
 
     A row with a loss that is not finite is left out, and the others are normalised without it. Each memory normalises
     over its own rows.
@@ -214,4 +216,4 @@ def _row_factors(
     bad = none.index_add(0, rows, (~losses.isfinite()).to(weights.dtype)) > 0
     counts = torch.where(bad, none, asked)
     norms = normaliser(counts.view(num_memories, -1), norm_type).flatten().to(weights.dtype)  # [B]
-    return ~bad[rows], (weights * norms)[rows], ((asked == 0).sum().float(), bad.sum().float())
+    return ~bad[rows], (weights * norms)[rows], (asked == 0).sum().float(), bad.float()

@@ -10,25 +10,29 @@ G memories of P numbers (1 for scope batch, B for scope row).
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import has_compiled_regions
 from torch import nn
 
 from dllm.core.schedulers import BaseAlphaScheduler, LinearAlphaScheduler
 from dllm.core.split import at_layer
-from dllm.models.backbone import Backbone, unwrap
+from dllm.models.backbone import unwrap
 from dllm.models.layers import pick
 from dllm.models.moe import RoutedExperts
 from dllm.models.spec import spec_of
 from dllm.utils.parsing import InputError
 from memdlm.memory.config import MemoryConfig
+from memdlm.memory.export import export_adapter
 from memdlm.memory.fast_weights import FastWeights, find_targets, first_adapted_layer
+from memdlm.memory.guards import evaluating, refuse_compiled, refuse_reentrant
 from memdlm.memory.inner_loop import InnerReport, Network, fit, no_autocast_cache
 from memdlm.memory.plan import InnerPlan, plan_prompts
+from memdlm.memory.prompts import Prompt, WrittenMemory, stack_memories, write_prompts
+from memdlm.memory.store import load_memory, save_memory
 
 LayerInputs = dict[str, Any]
 Reduce = Callable[[torch.Tensor], torch.Tensor]
@@ -56,10 +60,8 @@ class ParametricMemory:
             loss(outputs).backward()                      # inside: checkpointed layers are recomputed with the memory
 
         with memory.attached():                           # outside training
-            plan = memory.plan_prompts([token_ids], mask_token_id)
-            report = memory.write(plan, memory.initial(plan))
-            memory.values()                               # what was written
-            sampler.infill(...)                           # decodes with it
+            memory.adapt(prompts)                         # one memory per prompt, in place for the coming forwards
+            sampler.sample(prompts, ...)                  # decodes with them
             memory.reset()                                # the base model again
 
     Nothing of it appears in the model's state_dict, parameters, optimizer or gradient norm.
@@ -68,13 +70,21 @@ class ParametricMemory:
         model: a model of `dllm.models`, plain, quantised or wrapped (PEFT, DDP).
         config: the settings.
         scheduler: masking schedule behind the inner loss weight; None is the linear one.
+        mask_token_id: for memories written from prompts; None: that of the model's configuration.
 
     Raises:
         InputError: targets that match nothing, a fraction that leaves no layer, weights of a schedule that is not
             linear, a compiled model.
     """
 
-    def __init__(self, model: nn.Module, config: MemoryConfig, scheduler: BaseAlphaScheduler | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: MemoryConfig,
+        scheduler: BaseAlphaScheduler | None = None,
+        *,
+        mask_token_id: int | None = None,
+    ) -> None:
         self.config = config
         self.scheduler = scheduler or LinearAlphaScheduler()
         if config.loss_weight_type == "scheduler" and not isinstance(self.scheduler, LinearAlphaScheduler):
@@ -83,7 +93,7 @@ class ParametricMemory:
                 "the inner loss can be weighted by the schedule only if that is linear: use alpha_scheduler linear or "
                 "loss_weight_type uniform"
             )
-        _refuse_compiled(model)
+        refuse_compiled(model)
         self.lm = unwrap(model)
         self.backbone = self.lm.backbone
         self.spec = spec_of(self.lm)
@@ -92,6 +102,8 @@ class ParametricMemory:
         adapted = list(self.backbone.layers)[self.start :]
         routed = [part for layer in adapted for part in layer.modules() if isinstance(part, RoutedExperts)]
         self.fast = FastWeights(targets, routed, config, self.backbone.embedding.weight.dtype)
+        self._mask_token_id: int | None = self.lm.config.mask_token_id if mask_token_id is None else mask_token_id
+        self._placed: tuple[WrittenMemory, ...] = ()  # what `place` put in place
         self.report: InnerReport | None = None  # of the last write
         # Around prefixes and inner loops; a DeviceTimer measures them.
         self.timer: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -103,12 +115,35 @@ class ParametricMemory:
             InputError: the model has been compiled.
             RuntimeError: already attached.
         """
-        _refuse_compiled(self.lm)
-        return self.fast.attached()
+        refuse_compiled(self.lm)
+        return self._attached()
+
+    @contextlib.contextmanager
+    def _attached(self) -> Iterator[FastWeights]:
+        with self.fast.attached() as fast:
+            try:
+                yield fast
+            finally:
+                self._placed = ()
 
     def reset(self) -> None:
         """Takes the memory away: inside `attached()` the model is the base model again, bit for bit."""
         self.fast.set(None)
+        self._placed = ()
+
+    @property
+    def mask_token_id(self) -> int:
+        """Id of the mask token.
+
+        Raises:
+            InputError: it was not given, and the model's configuration has none.
+        """
+        if self._mask_token_id is None:
+            raise InputError(
+                "the model's configuration has no mask_token_id: pass ParametricMemory(..., "
+                "mask_token_id=tokenizer.mask_token_id)"
+            )
+        return self._mask_token_id
 
     def values(self) -> dict[str, torch.Tensor]:
         """The memory in place by name, as `FastWeights.named` gives it (scope batch without the leading 1); empty if
@@ -125,6 +160,91 @@ class ParametricMemory:
         """
         plan = plan_prompts(prompts, self.config, mask_token_id, self.spec.logit_shift)
         return plan.to(self.backbone.device)
+
+    def write_prompts(self, prompts: Sequence[Prompt], *, batch_size: int = 1) -> list[WrittenMemory]:
+        """One memory per prompt, in order; none is left in place. Needs `attached()`.
+
+        A prompt that no memory can be written from does not stop the others: its entry has a `failure` and values that
+        add nothing. So it is for an empty prompt, one of whose tokens none was drawn to be predicted (short ones), an
+        inner loss or gradient that is not finite, and one prompt too long for the device's memory.
+
+        Args:
+            prompts: token ids of each prompt.
+            batch_size: prompts per pass of the inner loop. 1: each in a pass of its own, so that one prompt gives bit
+                for bit one memory whatever else is written. More (scope row): padded and written side by side, the same
+                up to rounding.
+
+        Raises:
+            InputError: batch_size below 1, or above 1 with scope batch; ids outside the vocabulary; no mask token.
+        """
+        return write_prompts(self, prompts, batch_size)
+
+    def place(self, memories: Sequence[WrittenMemory], *, shared: bool = False) -> None:
+        """Puts memories in place of what is there: row b of the coming forwards has memories[b]. Needs `attached()`.
+
+        Rows whose memory failed are those of the base model; if all failed, nothing is in place.
+
+        Args:
+            memories: one per row.
+            shared: one memory for all rows of whatever batch.
+
+        Raises:
+            InputError: none; several, though shared or with scope batch; one of another model or other settings.
+        """
+        if not self.fast.is_attached:
+            raise RuntimeError("a memory is put in place inside `with memory.attached():`")
+        phi = stack_memories(memories, self.fast, shared)  # [B, P]
+        self.reset()
+        if phi is not None:
+            self.fast.set(phi.to(self.backbone.device), shared=shared)
+        self._placed = tuple(memories)
+
+    def adapt(self, prompts: Sequence[Prompt], *, batch_size: int = 1) -> list[WrittenMemory]:
+        """`write_prompts`, then `place`: row b of the coming forwards has the memory of prompts[b].
+
+        Raises:
+            InputError: no prompt, or several with scope batch; those of `write_prompts`.
+        """
+        if len(prompts) > 1 and not self.fast.by_row:
+            raise InputError(
+                f"{len(prompts)} prompts and one memory for all rows (mem_scope=batch): use mem_scope row, which is "
+                "the default of MemoryConfig.for_decoding()"
+            )
+        memories = self.write_prompts(prompts, batch_size=batch_size)
+        self.place(memories)
+        return memories
+
+    def save(self, path: str | os.PathLike[str], *, adapter: str | None = None) -> None:
+        """Saves the one memory in place (of `adapt`, `place` or `load`) as a file, whole or not at all.
+
+        Args:
+            path: a safetensors file (see `memdlm.memory.store`); an older memory file there is replaced.
+            adapter: name or folder of the PEFT adapter on the model, noted for whoever loads the model again.
+
+        Raises:
+            InputError: no such memory, several, or one that failed; another file is there, or it cannot be written.
+        """
+        if len(self._placed) != 1:
+            raise InputError(
+                f"a file holds one memory, {len(self._placed)} are in place: place([memory]) first, inside attached()"
+            )
+        save_memory(self, self._placed[0], path, adapter)
+
+    def load(self, path: str | os.PathLike[str], *, shared: bool = False) -> WrittenMemory:
+        """Puts the memory in a file in place (`shared` as in `place`), and returns it. Needs `attached()`.
+
+        Raises:
+            InputError: the file is missing, cut short, damaged or no memory file; it was written for another model or
+                adapter, or with settings that make other fast weights.
+        """
+        written = load_memory(self, path)
+        self.place([written], shared=shared)
+        return written
+
+    def export_adapter(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the one memory in place as a LoRA adapter that plain PEFT loads; see
+        `memdlm.memory.export.export_adapter`."""
+        export_adapter(self, folder)
 
     def initial(self, plan: InnerPlan, *seed_parts: int | str) -> torch.Tensor:
         """phi_0, float32 [G, P] on the model's device, from (config.seed, *seed_parts), with scope row also from each
@@ -200,7 +320,7 @@ class ParametricMemory:
             self._observe(after_write, anchor, layer_inputs)
             return hidden
 
-        _refuse_reentrant(self.backbone)
+        refuse_reentrant(self.backbone)
         with at_layer(self.backbone, self.start, callback):
             yield
 
@@ -230,9 +350,9 @@ class ParametricMemory:
         recomputes = any(layer.gradient_checkpointing for layer in self.backbone.layers)
         checkpoint = self.config.inner_gradient_checkpointing and recomputes
         wanted = (positions - self.spec.logit_shift)[None]  # [1, N]
-        if not self.fast.by_row:
+        if not self.fast.by_row or len(hidden) == 1:
             return self.backbone.run_layers(hidden, layer_inputs, self.start, checkpoint, wanted)[0]
-        # One memory per row: the layers must see rows.
+        # One memory per row: the layers must see rows, and these have unequal numbers of positions.
         return pick(self.backbone.run_layers(hidden, layer_inputs, self.start, checkpoint), wanted)[0]
 
     def _write(
@@ -249,6 +369,7 @@ class ParametricMemory:
                 "a memory is written inside `with memory.attached():`, under torch.no_grad() if need be but not under "
                 "torch.inference_mode(), which allows no gradients"
             )
+        self._placed = ()
         layer_inputs = anchor_inputs if prefixes.layer_inputs is None else prefixes.layer_inputs
 
         def hidden_at(state: int, positions: torch.Tensor) -> torch.Tensor:
@@ -264,31 +385,3 @@ class ParametricMemory:
             self.report = fit(self.fast, initial, plan, network, self.config, self.scheduler, reduce_gradient)
             undo.pop_all()
         return self.report
-
-
-def _refuse_compiled(model: nn.Module) -> None:
-    if has_compiled_regions(model) or any(part._compiled_call_impl is not None for part in model.modules()):
-        raise InputError("memory and torch.compile cannot be combined (compiled code ignores hooks): do not compile")
-
-
-def _refuse_reentrant(backbone: Backbone) -> None:
-    for layer in backbone.layers:
-        function: Any = layer._gradient_checkpointing_func if layer.gradient_checkpointing else None
-        if function is not None and function.keywords.get("use_reentrant", True):
-            raise InputError(
-                "memory needs non-reentrant activation checkpointing: enable it with "
-                'gradient_checkpointing_kwargs={"use_reentrant": False}'
-            )
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Every submodule in eval mode (no dropout) inside the block; each one's own mode again afterwards."""
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True

@@ -174,7 +174,8 @@ def _plan_prompt_part(rows: Rows, is_prompt: torch.Tensor, config: MemoryConfig)
     last = (is_prompt * torch.arange(1, is_prompt.shape[1] + 1)).max()  # number of the last prompt position
     length = max(1, int(last))
     is_prompt = is_prompt[:, :length]
-    maskable = is_prompt.clone()
+    # A mask token that stands in the prompt itself has no true token to be asked for.
+    maskable = is_prompt & (rows.input_ids[:, :length] != rows.mask_token_id)
     maskable[:, : rows.logit_shift] = False
     anchor = maskable & (draw_noise(rows.generators("prompt"), length) < config.prompt_mask_ratio)
     t = torch.full_like(rows.t, config.prompt_mask_ratio)

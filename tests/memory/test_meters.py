@@ -16,6 +16,7 @@ def _report(losses, skipped, empty=(0.0, 0.0), bad=(0.0, 0.0)) -> InnerReport:
         skipped=torch.tensor(skipped),
         empty_rows=torch.tensor(empty),
         bad_rows=torch.tensor(bad),
+        left_out=torch.tensor(bad)[:, None],
         change=torch.tensor([1.0, 3.0]),
     )
 
