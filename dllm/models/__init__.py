@@ -2,6 +2,7 @@
 
 from dllm.models.backbone import Backbone, DiffusionLM, DiffusionLMOutput, unwrap
 from dllm.models.llada import LLaDAConfig, LLaDAModel, LLaDAModelLM
+from dllm.models.llada2_moe import LLaDA2MoeConfig, LLaDA2MoeModel, LLaDA2MoeModelLM
 from dllm.models.llada_moe import LLaDAMoEConfig, LLaDAMoEModel, LLaDAMoEModelLM
 from dllm.models.spec import (
     ModelSpec,
@@ -91,15 +92,49 @@ LLADA_MOE = ModelSpec(
     linear_roles={role: role for role in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")},
 )
 
-for _spec in (LLADA, LLADA_MOE):
+LLADA2_MOE = ModelSpec(
+    name="llada2_moe",
+    model_types=("llada2_moe", "llada2_moe_21"),
+    architectures=("LLaDA2MoeModelLM", "LLaDA2MoeModel"),
+    config_class=LLaDA2MoeConfig,
+    backbone_class=LLaDA2MoeModel,
+    model_class=LLaDA2MoeModelLM,
+    mask_token="<|mask|>",
+    end_of_turn_token="<|role_end|>",
+    pad_token="<|endoftext|>",
+    bos_token="<|startoftext|>",
+    eos_token="<|endoftext|>",
+    special_tokens=("<|startoftext|>", "<|endoftext|>", "<|mask|>", "<role>", "</role>", "<|role_end|>"),
+    chat_template=LLADA_MOE_CHAT_TEMPLATE,
+    layers="model.layers",
+    final_norm="model.norm",
+    head="lm_head",
+    embedding="model.word_embeddings",
+    linear_roles={
+        "qkv_proj": "query_key_value",
+        "o_proj": "dense",
+        "gate_proj": "gate_proj",
+        "up_proj": "up_proj",
+        "down_proj": "down_proj",
+    },
+    attention="block_causal",
+    block_size=32,
+    exact_block_cache=True,
+)
+
+for _spec in (LLADA, LLADA_MOE, LLADA2_MOE):
     register_spec(_spec)
 
 __all__ = [
     "LLADA",
+    "LLADA2_MOE",
     "LLADA_MOE",
     "Backbone",
     "DiffusionLM",
     "DiffusionLMOutput",
+    "LLaDA2MoeConfig",
+    "LLaDA2MoeModel",
+    "LLaDA2MoeModelLM",
     "LLaDAConfig",
     "LLaDAMoEConfig",
     "LLaDAMoEModel",

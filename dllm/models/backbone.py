@@ -24,7 +24,7 @@ from transformers.utils.generic import ModelOutput
 from dllm.core.attention import prepare_mask
 from dllm.core.split import LayerInputs, SplitCallback, SplitState
 from dllm.models.layers import RMSNorm, RotaryEmbedding, pick
-from dllm.models.moe import Router, RouterRecorder, load_balancing_loss
+from dllm.models.moe import Router, RouterRecorder, RouterScores, load_balancing_loss
 
 Mask = torch.Tensor | BlockMask
 
@@ -262,6 +262,7 @@ class DiffusionLM(FamilyModel):
     """A backbone and a head. A family sets `model` and provides `head`."""
 
     model: Backbone
+    router_scores: RouterScores = "softmax"  # how a family turns router logits into scores
 
     @property
     def backbone(self) -> Backbone:
@@ -319,7 +320,10 @@ class DiffusionLM(FamilyModel):
         aux_loss = None
         if output.router_logits:
             aux_loss = load_balancing_loss(
-                output.router_logits, output.router_choices, _token_mask(attention_mask, hidden.shape[1])
+                output.router_logits,
+                output.router_choices,
+                _token_mask(attention_mask, hidden.shape[1]),
+                self.router_scores,
             )
         return DiffusionLMOutput(
             logits=self.head(hidden if logit_positions is None else hidden.flatten(0, 1)[logit_positions]),

@@ -5,11 +5,15 @@ Shapes: B rows, L positions, T = B * L tokens, D hidden, E experts, k chosen exp
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from dllm.models.layers import SwiGLU
+
+RouterScores = Literal["softmax", "sigmoid"]
 
 
 class RouterRecorder:
@@ -147,22 +151,103 @@ class SparseMoE(RoutedExperts):
         return run_experts(self.experts, x, weights, chosen, rows).view_as(hidden)
 
 
+class GroupRouter(Router):
+    """Router of LLaDA2 with a bias per expert, which is no gradient's business: it enters the choice alone."""
+
+    def __init__(self, hidden_size: int, num_experts: int) -> None:
+        super().__init__(hidden_size, num_experts)
+        self.expert_bias: torch.Tensor
+        self.register_buffer("expert_bias", torch.zeros(num_experts))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(wide), self.weight.to(wide))
+
+
+class GroupedMoE(RoutedExperts):
+    """Routed experts of LLaDA2: s = sigmoid(x Wg^T) in float32, the top k of r = s + expert_bias, mixed by s.
+
+    The experts stand in `num_groups` equal groups; a token chooses among those of the `top_groups` groups with the
+    largest sums of their two best r. The weights s are divided by their sum where k > 1, then times `scale`. A shared
+    expert is added.
+
+    Args:
+        hidden_size: D.
+        width: F.
+        num_experts: E.
+        top_k: k.
+        layer_idx: index of the layer, for the recorder.
+        num_groups, top_groups, scale: see above.
+        shared_width: width of the shared expert; None: there is none.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        width: int,
+        num_experts: int,
+        top_k: int,
+        layer_idx: int,
+        *,
+        num_groups: int,
+        top_groups: int,
+        scale: float,
+        shared_width: int | None,
+    ) -> None:
+        super().__init__()
+        self.gate = GroupRouter(hidden_size, num_experts)
+        self.experts = nn.ModuleList(SwiGLU(hidden_size, width) for _ in range(num_experts))
+        self.shared_experts = None if shared_width is None else SwiGLU(hidden_size, shared_width)
+        self.top_k, self.layer_idx, self.scale = top_k, layer_idx, scale
+        self.num_groups, self.top_groups = num_groups, top_groups
+
+    def forward(self, hidden: torch.Tensor, recorder: RouterRecorder | None = None) -> torch.Tensor:
+        """[B, L, D] -> [B, L, D]; the router's logits and choices go to `recorder`."""
+        x = hidden.flatten(0, -2)  # [T, D]
+        logits = self.gate(x)
+        scores = logits.sigmoid()
+        chosen = self._choose(scores.detach() + self.gate.expert_bias)
+        weights = scores.gather(1, chosen)
+        if self.top_k > 1:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        if recorder is not None:
+            recorder.record(self.layer_idx, logits, chosen)
+        rows = hidden.shape[0] if self.by_row else None
+        mixed = run_experts(self.experts, x, weights * self.scale, chosen, rows).view_as(hidden)
+        return mixed if self.shared_experts is None else mixed + self.shared_experts(hidden)
+
+    def _choose(self, ranks: torch.Tensor) -> torch.Tensor:
+        """Indices [T, k] of the best experts within the best groups, from r [T, E]."""
+        grouped = ranks.unflatten(1, (self.num_groups, -1))  # [T, groups, E / groups]
+        group_scores = grouped.topk(2, dim=-1).values.sum(-1)
+        best = group_scores.topk(self.top_groups, dim=-1).indices
+        is_open = torch.zeros_like(group_scores, dtype=torch.bool).scatter(1, best, True)
+        return grouped.masked_fill(~is_open[..., None], -torch.inf).flatten(1).topk(self.top_k, dim=-1).indices
+
+
 def load_balancing_loss(
     router_logits: tuple[torch.Tensor, ...],
     router_choices: tuple[torch.Tensor, ...],
     token_mask: torch.Tensor | None = None,
+    scores: RouterScores = "softmax",
 ) -> torch.Tensor:
     """E * sum_e f_e * P_e over all layers and tokens, a float32 scalar; k where the experts share the tokens evenly.
 
-    f_e is how often a token chose expert e (they sum to k), P_e the mean of softmax(logits)_e (Switch Transformer,
-    arXiv 2101.03961, equation 4).
+    f_e is how often a token chose expert e (they sum to k), P_e the mean of p_e (Switch Transformer, arXiv 2101.03961,
+    equation 4).
 
     Args:
         router_logits: one [T, E] per MoE layer.
         router_choices: one int64 [T, k] per MoE layer.
         token_mask: bool [T], False where a token is padding and does not count; None counts all.
+        scores: p = softmax(logits), or sigmoid(logits) divided by its sum over the experts.
     """
-    probabilities = torch.stack(router_logits).softmax(-1, dtype=torch.float32)  # [layers, T, E]
+    logits = torch.stack(router_logits).float()  # [layers, T, E]
+    if scores == "softmax":
+        probabilities = logits.softmax(-1)
+    else:
+        probabilities = logits.sigmoid()
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
     num_experts = probabilities.shape[-1]
     chosen = torch.stack([F.one_hot(choice, num_experts).sum(1) for choice in router_choices])  # [layers, T, E]
     weight = torch.ones_like(probabilities[..., :1])

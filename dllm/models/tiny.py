@@ -61,6 +61,19 @@ TINY_SIZES: dict[str, dict[str, Any]] = {
         "dense_intermediate_size": 128,
         "max_position_embeddings": 4096,
     },
+    "llada2_moe": {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 4,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_group": 4,
+        "topk_group": 2,
+        "moe_intermediate_size": 32,
+        "intermediate_size": 128,
+        "max_position_embeddings": 4096,
+    },
 }
 
 

@@ -22,7 +22,11 @@ from memdlm.memory.trajectory import TRAJECTORIES, InnerState, loss_mask
 
 MASK = 319
 # The public code adapts only `up_proj` of dense LLaDA (its other two projections have other names there).
-FAMILIES = {"llada": "up_proj", "lladamoe": "gate_proj,up_proj,down_proj"}
+FAMILIES = {
+    "llada": "up_proj",
+    "lladamoe": "gate_proj,up_proj,down_proj",
+    "llada21": "gate_proj,up_proj,down_proj",
+}
 RUNS = [
     ("llada", "ce.pmc.student_masked"),
     ("lladamoe", "ce.pmc.student_masked"),
@@ -30,6 +34,7 @@ RUNS = [
     ("lladamoe", "ce.no_progressive.student_masked"),
     ("lladamoe", "distill.pmc.student_masked"),
     ("lladamoe", "x_clip0.01"),
+    ("llada21", "ce.pmc.student_masked"),
 ]
 
 

@@ -32,6 +32,19 @@ SIZES = {
         "shared_expert_intermediate_size": 8,
         "moe_layer_freq": [0, 1, 1],
     },
+    "llada2_moe": {
+        "vocab_size": 23,
+        "hidden_size": 24,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 3,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "n_group": 3,
+        "topk_group": 2,
+        "moe_intermediate_size": 12,
+        "intermediate_size": 20,
+    },
 }
 
 

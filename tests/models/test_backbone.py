@@ -113,6 +113,7 @@ def test_dropout_follows_the_configuration(family, make_model, ids):
     rates = {
         "llada": ["attention_dropout", "residual_dropout", "embedding_dropout"],
         "llada_moe": ["attention_dropout"],
+        "llada2_moe": ["attention_dropout"],
     }
     for rate in rates[family]:
         model = make_model(family, **{rate: 0.5})
@@ -137,7 +138,7 @@ def test_unwrap(family, make_model):
     assert unwrap(model) is model
     assert unwrap(torch.compile(model)) is model
     roles = spec_of(model).linear_roles
-    adapted = get_peft_model(model, LoraConfig(target_modules=[roles["q_proj"]], task_type="CAUSAL_LM"))
+    adapted = get_peft_model(model, LoraConfig(target_modules=[roles["o_proj"]], task_type="CAUSAL_LM"))
     assert unwrap(adapted) is model
     with pytest.raises(TypeError, match="Linear is no model"):
         unwrap(torch.nn.Linear(2, 2))
@@ -149,7 +150,7 @@ def test_forward_through_peft(family, make_model, ids):
     model = make_model(family)
     plain = model(ids).logits
     roles = spec_of(model).linear_roles
-    adapted = get_peft_model(model, LoraConfig(target_modules=[roles["q_proj"]], task_type="CAUSAL_LM"))
+    adapted = get_peft_model(model, LoraConfig(target_modules=[roles["o_proj"]], task_type="CAUSAL_LM"))
     assert torch.equal(adapted(input_ids=ids, logit_positions=None).logits, plain)
     adapted(input_ids=ids, logit_positions=torch.tensor([1, 2])).logits.sum().backward()
     assert all("lora" in name for name in grads(adapted))

@@ -182,7 +182,9 @@ def test_spec_checks_itself(family):
     with pytest.raises(ValueError, match="qq_proj"):
         ModelSpec(**fields)
     with pytest.raises(ValueError, match="block_size"):
-        ModelSpec(**{**asdict(get_spec(family)), "block_size": 4})
+        ModelSpec(**{**asdict(get_spec(family)), "attention": "bidirectional", "block_size": 4})
+    with pytest.raises(ValueError, match="block_size"):
+        ModelSpec(**{**asdict(get_spec(family)), "attention": "block_causal", "block_size": None})
 
 
 def test_sizes_may_be_given_under_the_names_of_transformers() -> None:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
 from dllm.models.layers import SwiGLU
-from dllm.models.moe import RoutedExperts, RouterRecorder, SparseMoE, load_balancing_loss, run_experts
+from dllm.models.moe import GroupedMoE, RoutedExperts, RouterRecorder, SparseMoE, load_balancing_loss, run_experts
 
 
 def naive(moe: SparseMoE, x: torch.Tensor) -> torch.Tensor:
@@ -306,3 +306,58 @@ def test_the_router_is_no_linear(make_model):
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert not any(name.endswith("mlp.gate") for name in linears)
     assert model.backbone.layers[1].mlp.gate.weight.shape == (5, 24)
+
+
+def naive_grouped(moe: GroupedMoE, x: torch.Tensor) -> torch.Tensor:
+    """Every expert on every token, one token at a time: LLaDA2's choice within groups."""
+    rows = []
+    size = len(moe.experts) // moe.num_groups
+    for token in x.double().reshape(-1, x.shape[-1]):
+        scores = [1 / (1 + math.exp(-float(token @ row))) for row in moe.gate.weight.detach()]
+        ranks = [score + float(bias) for score, bias in zip(scores, moe.gate.expert_bias, strict=True)]
+        groups = [sorted(ranks[g * size : (g + 1) * size])[-2:] for g in range(moe.num_groups)]
+        best = sorted(range(moe.num_groups), key=lambda g: -sum(groups[g]))[: moe.top_groups]
+        allowed = [e for e in range(len(ranks)) if e // size in best]
+        chosen = sorted(allowed, key=lambda e: -ranks[e])[: moe.top_k]
+        total = sum(scores[e] for e in chosen) if moe.top_k > 1 else 1
+        mixed = sum(moe.scale * scores[e] / total * moe.experts[e](token) for e in chosen)
+        rows.append(mixed + (moe.shared_experts(token) if moe.shared_experts is not None else 0))
+    return torch.stack(rows).view(x.shape)
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize(
+    "top_k, groups, top_groups, shared", [(2, 3, 2, 4), (1, 3, 1, None), (4, 2, 1, 8), (3, 1, 1, 4)]
+)
+def test_grouped_dispatch_is_the_naive_mixture(top_k, groups, top_groups, shared, by_row):
+    moe = GroupedMoE(
+        6, 4, 12, top_k, 0, num_groups=groups, top_groups=top_groups, scale=2.5, shared_width=shared
+    ).double()
+    with torch.no_grad():
+        for tensor in (*moe.parameters(), moe.gate.expert_bias):
+            tensor.normal_()
+    moe.by_row = by_row
+    x = torch.randn(3, 7, 6, dtype=torch.float64)
+    torch.testing.assert_close(moe(x), naive_grouped(moe, x), atol=1e-12, rtol=1e-12)
+
+
+def test_the_bias_of_the_group_router_enters_the_choice_alone():
+    moe = GroupedMoE(6, 4, 4, 1, 0, num_groups=1, top_groups=1, scale=1.0, shared_width=None).double()
+    x = torch.randn(1, 5, 6, dtype=torch.float64)
+    with torch.no_grad():
+        moe.gate.expert_bias[2] = 10.0
+    recorder = RouterRecorder()
+    y = moe(x, recorder)
+    (logits,), (chosen,) = recorder.close()
+    assert (chosen == 2).all()
+    torch.testing.assert_close(y[0], logits[:, 2:3].sigmoid() * moe.experts[2](x[0]), atol=1e-12, rtol=1e-12)
+    assert "expert_bias" in moe.gate.state_dict()
+
+
+def test_load_balancing_loss_of_sigmoid_scores():
+    logits = torch.randn(10, 6)
+    chosen = logits.topk(2, dim=-1).indices
+    p = logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
+    share = torch.bincount(chosen.flatten(), minlength=6) / 10
+    got = load_balancing_loss((logits,), (chosen,), scores="sigmoid")
+    torch.testing.assert_close(got, 6 * (share * p.mean(0)).sum())

@@ -23,7 +23,7 @@ STRINGS = [
 def folders(tmp_path_factory):
     return {
         family: make_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / family, family, text=TEXT, vocab_size=300)
-        for family in ("llada", "llada_moe")
+        for family in ("llada", "llada_moe", "llada2_moe")
     }
 
 
