@@ -1,0 +1,243 @@
+"""BABILong (arXiv 2406.10149): the facts of a bAbI story in order between sentences of an unrelated text.
+
+`babilong_dataset` is the `custom_dataset` of the tasks memdlm_babilong_qa1 to qa5.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+
+from dllm.data.longcontext.babi import Question, load_babi
+from dllm.data.longcontext.background import Background, load_background
+from dllm.data.longcontext.documents import Content, Sample, fit, make_row, sample_rng, smallest_length, too_short
+from dllm.data.longcontext.prompts import Prompt, TokenCounter, place
+from dllm.data.longcontext.settings import LongContextSettings, errors_of, read_metadata
+from dllm.data.longcontext.stories import make_question
+from dllm.utils.parsing import InputError
+
+ANSWER_TOKENS = 16
+NUM_MADE_UP = 1000  # questions per task where no data_dir is given, as many as a bAbI file holds
+_FACTS_ONLY = 0  # the length "0k"
+
+
+@dataclass(frozen=True)
+class _Task:
+    instruction: str
+    shots: tuple[tuple[str, str, str], ...]  # facts, question, answer
+
+    def prompt_shots(self) -> tuple[tuple[str, str], ...]:
+        return tuple((f"{facts}\n{question}", answer) for facts, question, answer in self.shots)
+
+
+_PLACE = "Reply with the place, in one word.\n\n"
+_CARRIED = "A thing goes where the person who has it goes, and stays where it was put down. "
+TASKS = {
+    "qa1": _Task(
+        "The text below hides a few facts about where people are. Answer the question after it from these facts alone; "
+        "the last place of a person counts. " + _PLACE,
+        (
+            (
+                "Peter moved to the cellar. Anna went to the balcony. Peter went to the attic.",
+                "Where is Peter?",
+                "attic",
+            ),
+            (
+                "Anna travelled to the garage. Peter journeyed to the cellar. Tom went to the garage. "
+                "Anna moved to the terrace.",
+                "Where is Peter?",
+                "cellar",
+            ),
+        ),
+    ),
+    "qa2": _Task(
+        "The text below hides a few facts about where people are and what they carry. Answer the question after it "
+        "from these facts alone. " + _CARRIED + _PLACE,
+        (
+            ("Anna went to the attic. Anna took the lamp. Anna moved to the garage.", "Where is the lamp?", "garage"),
+            (
+                "Peter went to the cellar. Peter got the book. Peter travelled to the balcony. Peter dropped the book. "
+                "Peter journeyed to the attic.",
+                "Where is the book?",
+                "balcony",
+            ),
+        ),
+    ),
+    "qa3": _Task(
+        "The text below hides a few facts about where people are and what they carry. Answer the question after it, "
+        "about an earlier place of a thing, from these facts alone. " + _CARRIED + _PLACE,
+        (
+            (
+                "Tom moved to the attic. Tom took the lamp. Tom went to the cellar. Anna went to the attic. "
+                "Tom journeyed to the garage.",
+                "Where was the lamp before the garage?",
+                "cellar",
+            ),
+            (
+                "Anna went to the balcony. Peter went to the cellar. Anna got the book. Anna travelled to the terrace. "
+                "Anna left the book.",
+                "Where was the book before the terrace?",
+                "balcony",
+            ),
+        ),
+    ),
+    "qa4": _Task(
+        "The text below hides two facts about how places lie to each other. Answer the question after it from these "
+        "facts alone. " + _PLACE,
+        (
+            (
+                "The cellar is north of the attic. The garage is south of the attic.",
+                "What is north of the attic?",
+                "cellar",
+            ),
+            (
+                "The balcony is east of the garage. The terrace is west of the garage.",
+                "What is the garage east of?",
+                "terrace",
+            ),
+        ),
+    ),
+    "qa5": _Task(
+        "The text below hides a few facts about people and what they hand to each other. Answer the question after it "
+        "from these facts alone. Reply with the person or the thing, in one word.\n\n",
+        (
+            (
+                "Anna took the lamp there. Anna handed the lamp to Peter. Peter went to the attic.",
+                "Who received the lamp?",
+                "Peter",
+            ),
+            (
+                "Tom got the book there. Tom went to the cellar. Tom gave the book to Anna. Anna moved to the garage.",
+                "What did Tom give to Anna?",
+                "book",
+            ),
+        ),
+    ),
+}
+
+
+def shots_of(qa: str) -> Callable[[], list[dict[str, str]]]:
+    """The `samples` of an lm-eval `fewshot_config`: the solved examples of "qa1" to "qa5" as documents."""
+
+    def samples() -> list[dict[str, str]]:
+        return [{"input": facts, "question": question, "target": answer} for facts, question, answer in TASKS[qa].shots]
+
+    return samples
+
+
+# lm-eval names a function by its module and name, with no arguments.
+shots_qa1, shots_qa2, shots_qa3, shots_qa4, shots_qa5 = (shots_of(qa) for qa in TASKS)
+
+
+def babilong_dataset(task_name: str, **metadata: Any) -> dict[str, datasets.Dataset]:
+    """{"test": documents} of a task, for lm-eval's `custom_dataset`.
+
+    Columns: those of `make_row`, `input` (the text), `question`, `target`, `labels` (every answer that the task knows)
+    and `num_facts`. A prompt, with the examples and the chat template if the tokenizer has one, and the answer together
+    have at most `length` tokens; at length 0 the text holds the facts alone, as many tokens as they have.
+
+    Args:
+        task_name: "memdlm_babilong_qa1" to "memdlm_babilong_qa5".
+        metadata: see dllm.data.longcontext.settings.
+
+    Raises:
+        InputError: wrong metadata, missing or damaged data, a length in which too few questions fit.
+    """
+    with errors_of(task_name):
+        settings, tokenizer = read_metadata(metadata)
+        qa = task_name.rpartition("_")[2]
+        questions = _questions(qa, settings)
+        labels = sorted({question.answer for question in questions})
+        background = None if settings.lengths == (_FACTS_ONLY,) else load_background(settings.data_dir)
+        maker = _Maker(task_name, TASKS[qa], settings, TokenCounter(tokenizer), questions, labels, background)
+        of_lengths = [maker.documents(length) for length in settings.lengths]
+    # All lengths of an index together: lm-eval's --limit takes the first rows.
+    return {"test": datasets.Dataset.from_list([row for rows in zip(*of_lengths, strict=True) for row in rows])}
+
+
+def _questions(qa: str, settings: LongContextSettings) -> Sequence[Question]:
+    """All questions of the task in the order in which they are asked, which the seed decides."""
+    if settings.data_dir is None:
+        count = max(NUM_MADE_UP, settings.num_samples)
+        return [make_question(qa, random.Random(f"{settings.seed}|{qa}|{index}")) for index in range(count)]
+    found = list(load_babi(settings.data_dir, qa))
+    if len(found) < settings.num_samples:
+        raise InputError(
+            f"{settings.data_dir} has {len(found)} questions: give num_samples of at most that many, "
+            f"not {settings.num_samples}"
+        )
+    random.Random(f"{settings.seed}|{qa}").shuffle(found)
+    return found
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes the documents of one task."""
+
+    name: str
+    task: _Task
+    settings: LongContextSettings
+    counter: TokenCounter
+    questions: Sequence[Question]
+    labels: list[str]
+    background: Background | None
+
+    def documents(self, length: int) -> list[dict[str, Any]]:
+        """One document per index. Questions whose facts alone are too long are passed over, as in BABILong."""
+        rows = []
+        for number, question in enumerate(self.questions):
+            sample = self.sample(number, question, length, len(rows))
+            content = sample.build(0) if length == _FACTS_ONLY else fit([sample], length, ANSWER_TOKENS, self.counter)
+            if content is not None:
+                rows.append(make_row(self.name, len(rows), length, content, self.counter))
+            if len(rows) == self.settings.num_samples:
+                return rows
+        sizes = sorted(
+            smallest_length([self.sample(number, question, length, 0)], ANSWER_TOKENS, self.counter)
+            for number, question in enumerate(self.questions)
+        )
+        enough = sizes[self.settings.num_samples - 1]
+        if not rows:
+            raise too_short(length, enough)
+        raise InputError(
+            f"only {len(rows)} of {len(sizes)} questions fit into length {length}: give num_samples of at most "
+            f"{len(rows)}, or a length of at least {enough}"
+        )
+
+    def sample(self, number: int, question: Question, length: int, index: int) -> Sample:
+        """Question `number` as document `index`, with an open number of sentences around its facts."""
+        rng = sample_rng(self.settings, self.name, number)
+        start = rng.random()
+        fractions = sorted(rng.random() for _ in question.facts)
+        lines: list[str] = []
+        around = iter(())
+        if self.background is not None and length != _FACTS_ONLY:
+            around = self.background.read(int(start * len(self.background.sentences)), _names(question))
+
+        def build(amount: int) -> Content:
+            while len(lines) < amount:
+                lines.append(next(around))
+            depth = self.settings.depth(index) if amount else None
+            text, depth = place(lines[:amount], question.facts, fractions, question.first_supporting, depth)
+            columns = {
+                "input": text,
+                "question": question.text,
+                "target": question.answer,
+                "labels": self.labels,
+                "num_facts": len(question.facts),
+            }
+            prompt = Prompt(f"{text}\n{question.text}", self.task.instruction, self.task.prompt_shots())
+            return Content(prompt, depth, columns)
+
+        # A sentence has a token at least.
+        return Sample(build, least=0, most=length)
+
+
+def _names(question: Question) -> set[str]:
+    """People of the story: a sentence about one of them could contradict it."""
+    return {name for fact in question.facts for name in re.findall(r"\b[A-Z]\w+", fact)} - {"The"}
