@@ -1,0 +1,1 @@
+"""lm-eval adapters, each run as `python -m memdlm.eval.NAME`."""
