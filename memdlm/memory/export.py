@@ -12,6 +12,7 @@ import tempfile
 from typing import TYPE_CHECKING
 
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
@@ -19,7 +20,7 @@ from torch import nn
 from dllm.models.checkpoint import one_line
 from dllm.models.lora import ADAPTER_WEIGHTS
 from dllm.utils.parsing import InputError
-from memdlm.memory.fast_weights import LowRank, base_linear
+from memdlm.memory.fast_weights import LowRank
 
 if TYPE_CHECKING:
     from memdlm.memory.parametric import ParametricMemory
@@ -93,12 +94,12 @@ def _check(memory: ParametricMemory) -> LowRank:
             "fast weights on routed experts are not exported as a LoRA adapter (dense models only): save() the memory, "
             "or write with mem_inner_target_modules q_proj,k_proj,v_proj,o_proj"
         )
-    if any(base_linear(module) is not module for module in memory.fast.targets.values()):
+    if any(isinstance(part, BaseTunerLayer) for part in memory.lm.modules()):
         raise InputError(
             "the model has a PEFT adapter already, which the exported one would not contain: merge it into the "
             "weights first, or save() the memory"
         )
-    if any(type(part) is not nn.Linear for part in memory.fast.targets.values()):
+    if any(isinstance(part, nn.Linear) and type(part) is not nn.Linear for part in memory.backbone.layers.modules()):
         raise InputError(
             "the base is quantised, and on the plain weights an adapter gives other logits: write the memory on the "
             "model without load_in_4bit, or save() it"

@@ -85,7 +85,7 @@ class MemoryHeader:
         unknown = [name for name in self.memory_config if name not in known]
         if unknown:
             raise InputError(
-                f"the memory was written with {', '.join(unknown)}, which this version does not know: use a newer one"
+                f"it was written with {', '.join(unknown)}, which this version does not know: use a newer version"
             )
         return MemoryConfig(**self.memory_config)
 
@@ -165,8 +165,7 @@ def save_memory(
     target = pathlib.Path(path)
     if written.failure is not None:
         raise InputError(f"there is no memory to save: {written.failure}")
-    if target.exists() and not _is_memory_file(target):
-        raise InputError(f"{target} exists and is no memory file: give another name")
+    check_target(target)
     tensors = memory.fast.named(written.phi.cpu())
     header = MemoryHeader(
         **_identity(memory),
@@ -179,13 +178,28 @@ def save_memory(
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, metadata={METADATA_KEY: json.dumps(dataclasses.asdict(header))})
-        partial.chmod(0o644)  # safetensors' files are private
-        os.replace(partial, target)
+        try:
+            save_file(tensors, partial, metadata={METADATA_KEY: json.dumps(dataclasses.asdict(header))})
+            partial.chmod(0o644)  # safetensors' files are private
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{target} cannot be written: {one_line(error)}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Nothing, if a memory may be saved at `path`: nothing is there, or another memory, which it would replace.
+
+    Raises:
+        InputError: something else is there.
+    """
+    if not pathlib.Path(path).exists():
+        return
+    try:
+        read_header(path)
+    except InputError as error:
+        raise InputError(f"{path} exists and is no memory file that could be replaced: give another name") from error
 
 
 def read_header(path: str | os.PathLike[str]) -> MemoryHeader:
@@ -209,10 +223,14 @@ def read_header(path: str | os.PathLike[str]) -> MemoryHeader:
         fields = json.loads(metadata[METADATA_KEY])
         version = fields["format_version"]
         if version != FORMAT_VERSION:
-            raise InputError(f"{path} has format {version}, this version reads {FORMAT_VERSION}: write it again")
-        return MemoryHeader(**fields)
+            raise InputError(f"it has format {version}, this version reads {FORMAT_VERSION}; write it again")
+        header = MemoryHeader(**fields)
+        header.settings()  # whoever reads the header needs them
+        return header
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise InputError(f"the header of {path} is damaged ({one_line(error)}): write it again") from error
+    except InputError as error:
+        raise InputError(f"{path} cannot be used: {error}") from error
 
 
 def load_memory(memory: ParametricMemory, path: str | os.PathLike[str]) -> WrittenMemory:
@@ -341,11 +359,3 @@ def _digest_of(tensors: Sequence[torch.Tensor]) -> str:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _is_memory_file(path: pathlib.Path) -> bool:
-    try:
-        read_header(path)
-    except InputError:
-        return False
-    return True
