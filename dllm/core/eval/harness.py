@@ -17,23 +17,21 @@ from lm_eval.api.instance import Instance
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dllm.core.eval.answers import Answer, AnswerStore, checkpoint_stamp, request_key
+from dllm.core.eval.answers import Answer, AnswerStore, request_key
+from dllm.core.eval.checkpoints import load, refuse_loading_arguments, stamps
 from dllm.core.eval.config import BaseEvalConfig, parse_model_args
 from dllm.core.eval.generation import read_gen_kwargs
-from dllm.core.eval.jobs import GenerationJob, Job, Kind, LikelihoodJob, Part, decoding_batches, scoring_groups
-from dllm.core.eval.likelihood import Item, Scorer, greedy_matches, log_likelihoods, num_states
+from dllm.core.eval.jobs import GenerationJob, Job, Kind, LikelihoodJob, decoding_batches
+from dllm.core.eval.likelihood import Item, Scorer, num_states
 from dllm.core.eval.processes import choose_device, device_name, join_processes
 from dllm.core.eval.progress import Cost, Totals, progress_bar, say
 from dllm.core.eval.protocol import ProcessLM
+from dllm.core.eval.scoring import Scoring
 from dllm.core.eval.text import answer_text, encode, encode_pair, encode_prompt, fit, prefix_token_id, rolling_windows
 from dllm.core.noising import derive_seed
 from dllm.core.samplers import BaseSampler, BaseSamplerConfig
-from dllm.models.auto import load_model, load_tokenizer
 from dllm.models.backbone import unwrap
 from dllm.utils.parsing import InputError
-
-# Masked states that are handed to the model together are this many batches: of these only the last may be small.
-_BATCHES_PER_GROUP = 8
 
 AnyJob = TypeVar("AnyJob", bound=Job)
 
@@ -85,9 +83,9 @@ class BaseEvalHarness(ProcessLM):
         if model is None:
             self._device = choose_device(device)
             join_processes(self._device)
-            model, tokenizer = self._load()
-        elif self.config.answers_dir is not None:
-            raise InputError("answers_dir needs a checkpoint to know answers by: drop it, or give pretrained alone")
+            model, tokenizer = load(self.config, self._device)
+        else:
+            refuse_loading_arguments(self.config)
         assert tokenizer is not None, "model and tokenizer are given together"
         self.model, self.tokenizer = model, tokenizer
         self.lm = unwrap(model)
@@ -97,26 +95,6 @@ class BaseEvalHarness(ProcessLM):
         self._answers = AnswerStore(self.config.answers_dir, self._rank)
         self._fingerprint: str | None = None
         self._totals = Totals()
-
-    def _load(self) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-        config = self.config
-        model = load_model(
-            config.pretrained,
-            dtype=config.dtype,
-            attn_implementation=config.attn_implementation,
-            load_in_4bit=config.load_in_4bit,
-            adapter_model_name_or_path=config.adapter_model_name_or_path,
-            base_model_name_or_path=config.base_model_name_or_path,
-            device=self._device,
-            trust_remote_code=config.trust_remote_code,
-        )
-        tokenizer = load_tokenizer(
-            config.pretrained,
-            base_model_name_or_path=config.base_model_name_or_path,
-            model=model,
-            trust_remote_code=config.trust_remote_code,
-        )
-        return model, tokenizer
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None):
@@ -168,10 +146,9 @@ class BaseEvalHarness(ProcessLM):
     def fingerprint_parts(self) -> dict[str, Any]:
         """Everything, as JSON, that changes answers and is the same for all requests."""
         config = self.config
-        names = (config.pretrained, config.adapter_model_name_or_path, config.base_model_name_or_path)
         return {
             "class": type(self).__name__,
-            "checkpoints": [None if name is None else checkpoint_stamp(name) for name in names],
+            "checkpoints": stamps(config, self.lm.name_or_path),
             "dtype": str(self.lm.dtype),
             "attention": self.lm.config._attn_implementation,
             "load_in_4bit": config.load_in_4bit,
@@ -321,30 +298,24 @@ class BaseEvalHarness(ProcessLM):
                 f"interrupted: {done} of {len(results)} {kind} requests of this process are answered and {kept}"
             ) from error
 
-    def _cost(self, kind: Kind, jobs: Sequence[Any]) -> Cost:
+    def _cost(self, kind: Kind, jobs: Sequence[Job]) -> Cost:
+        greedy = self.config.check_greedy and kind == "loglikelihood"
+        twice = self._scorer().forwards_per_row
         cost = Cost(num_requests=len(jobs), num_truncated=sum(job.num_dropped > 0 for job in jobs))
         contexts: set[tuple[int, ...]] = set()
         for job in jobs:
             if isinstance(job, GenerationJob):
-                parts = [(tuple(job.prompt), job.config.max_new_tokens, self.most_forwards(job.config))]
-            else:
-                greedy = self.config.check_greedy and kind == "loglikelihood"
-                parts = [(item.context, len(item.target), self._most_states(item, greedy)) for item in job.items]
-            for context, num_behind, forwards in parts:
-                contexts.add(context)
-                cost.num_prompt_tokens += len(context)
-                cost.num_answer_tokens += num_behind
-                cost.num_forwards += forwards
-                cost.decoding += forwards * (len(context) + num_behind)
+                contexts.add(tuple(job.prompt))
+                cost.add(len(job.prompt), job.config.max_new_tokens, self.most_forwards(job.config))
+            elif isinstance(job, LikelihoodJob):
+                for item in job.items:
+                    contexts.add(item.context)
+                    states = num_states(len(item.target), self.config.mc_num) + greedy * len(item.target)
+                    cost.add(len(item.context), len(item.target), states * twice)
         per_write = self.forwards_per_write()
         if per_write:
-            cost.num_written = len(contexts)
-            cost.adapting = per_write * sum(map(len, contexts))
+            cost.num_written, cost.adapting = len(contexts), per_write * sum(map(len, contexts))
         return cost
-
-    def _most_states(self, item: Item, greedy: bool) -> int:
-        states = num_states(len(item.target), self.config.mc_num) + (len(item.target) if greedy else 0)
-        return states * self._scorer().forwards_per_row
 
     # The model at work.
 
@@ -364,46 +335,15 @@ class BaseEvalHarness(ProcessLM):
                 yield job, Answer(text, nfe, committed, failure)
 
     def _score(self, jobs: Sequence[LikelihoodJob]) -> Iterator[tuple[LikelihoodJob, Answer]]:
-        return self._scored(jobs, self.config.check_greedy)
+        return self._scoring().run(jobs, self.config.check_greedy)
 
     def _score_texts(self, jobs: Sequence[LikelihoodJob]) -> Iterator[tuple[LikelihoodJob, Answer]]:
-        for job, answer in self._scored(jobs, greedy=False):
+        for job, answer in self._scoring().run(jobs, greedy=False):
             yield job, dataclasses.replace(answer, value=answer.value[0])
 
-    def _scored(self, jobs: Sequence[LikelihoodJob], greedy: bool) -> Iterator[tuple[LikelihoodJob, Answer]]:
-        """Jobs with [log-likelihood, whether greedy decoding gives it], as soon as all their parts are scored."""
-        parts = [
-            Part(job, item, num_states(len(item.target), self.config.mc_num)) for job in jobs for item in job.items
-        ]
-        open_parts = {job.key: len(job.items) for job in jobs}
-        so_far = {job.key: Answer([0.0, greedy], 0, 0) for job in jobs}
-        for job in jobs:
-            if not job.items:  # a text without tokens
-                yield job, so_far[job.key]
-        most = _BATCHES_PER_GROUP * self._scorer().batch_size
-        for group in scoring_groups(parts, most, self.one_context_per_batch):
-            for part, answer in zip(group, self._score_group([part.item for part in group], greedy), strict=True):
-                key = part.job.key
-                so_far[key] = _joined(so_far[key], answer)
-                open_parts[key] -= 1
-                if not open_parts[key]:
-                    yield part.job, so_far[key]
-
-    def _score_group(self, items: Sequence[Item], greedy: bool) -> list[Answer]:
-        scorer = self._scorer()
-        shared = self.one_context_per_batch
-        contexts = [items[0].context] if shared else [item.context for item in items]
-        with self.context(contexts, shared=shared) as failures:
-            started = time.perf_counter()
-            values = log_likelihoods(scorer, items, self.config.mc_num, self.config.seed)
-            matches = greedy_matches(scorer, items) if greedy else [(False, 0)] * len(items)
-            self._totals.seconds += time.perf_counter() - started
-        failures = list(failures) * len(items) if shared else failures
-        answers = []
-        for item, value, (is_greedy, steps), failure in zip(items, values, matches, failures, strict=True):
-            states = num_states(len(item.target), self.config.mc_num) + steps
-            answers.append(Answer([value, is_greedy], states * scorer.forwards_per_row, len(item.target), failure))
-        return answers
+    def _scoring(self) -> Scoring:
+        mc_num, seed = self.config.mc_num, self.config.seed
+        return Scoring(self._scorer(), self.context, self.one_context_per_batch, mc_num, seed, self._totals)
 
     def _scorer(self) -> Scorer:
         return Scorer(
@@ -448,12 +388,6 @@ class BaseEvalHarness(ProcessLM):
 def _pair(request: Instance) -> tuple[str, dict[str, Any]]:
     text, gen_kwargs = request.args  # pyright: ignore[reportAssignmentType] (annotated as an empty tuple)
     return text, gen_kwargs
-
-
-def _joined(first: Answer, second: Answer) -> Answer:
-    value = [first.value[0] + second.value[0], first.value[1] and second.value[1]]
-    failure = first.without_memory or second.without_memory
-    return Answer(value, first.nfe + second.nfe, first.num_tokens + second.num_tokens, failure)
 
 
 def _batch_size(batch_size: int | str, max_batch_size: int | None) -> int:
