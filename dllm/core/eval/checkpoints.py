@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import pathlib
 from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dllm.core.eval.answers import checkpoint_stamp
 from dllm.core.eval.config import BaseEvalConfig
 from dllm.models.auto import load_model, load_tokenizer
-from dllm.models.checkpoint import find_file
 from dllm.utils.args import resolve_with_base_env
 from dllm.utils.parsing import InputError
 
-# What a checkpoint or an adapter consists of.
-_FILES = ("*.safetensors", "*config.json", "tokenizer*.json")
 # Model arguments that concern loading.
 _LOADING = (
     "adapter_model_name_or_path",
@@ -56,9 +53,8 @@ def refuse_loading_arguments(config: BaseEvalConfig) -> None:
         raise InputError(f"{', '.join(given)} has no effect on a model that is loaded already: drop it")
 
 
-def stamps(config: BaseEvalConfig, base: str) -> list[Any]:
-    """JSON that changes when checkpoint, adapter or base do: name, size and time of the files in a folder, or the
-    commit of a Hub name.
+def stamps(config: BaseEvalConfig, base: str | None) -> list[Any]:
+    """JSON that changes when checkpoint, adapter or base do (see `checkpoint_stamp`).
 
     Args:
         config: names checkpoint and adapter.
@@ -66,15 +62,4 @@ def stamps(config: BaseEvalConfig, base: str) -> list[Any]:
     """
     names = [config.pretrained, config.adapter_model_name_or_path, base]
     found = dict.fromkeys(resolve_with_base_env(name, "BASE_MODELS_DIR") for name in names if name)
-    return [_stamp(name) for name in found]
-
-
-def _stamp(name: str) -> Any:
-    folder = pathlib.Path(name)
-    if folder.is_dir():
-        files = sorted({path for pattern in _FILES for path in folder.glob(pattern)})
-        sizes = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        return [str(folder.resolve()), sizes]
-    config = find_file(name, "config.json") or find_file(name, "adapter_config.json")
-    # In the Hub's cache the folder around a file is named after the commit.
-    return [name, None if config is None else config.parent.name]
+    return [checkpoint_stamp(name) for name in found]
