@@ -9,6 +9,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from dllm.models.auto import load_model
+from dllm.models.tiny import make_tiny_checkpoint
 from dllm.utils.parsing import InputError
 from memdlm.memory import MemoryConfig, MemoryStore, ParametricMemory, read_header
 from memdlm.memory.store import METADATA_KEY, load_memory
@@ -194,6 +196,18 @@ def test_a_memory_fits_the_model_in_another_dtype_and_under_another_name(make_mo
     memory = _memory(moved)
     with memory.attached():
         assert torch.equal(memory.load(path).phi, written.phi)
+
+
+def test_a_memory_of_a_quantised_model_fits_the_plain_one_and_the_other_way_round(tmp_path) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = str(make_tiny_checkpoint(tmp_path / "base", "llada", init_std=0.1))
+    plain = _memory(load_model(base))
+    quantised = _memory(load_model(base, load_in_4bit=True, dtype="float32"))
+    for index, (writer, reader) in enumerate([(plain, quantised), (quantised, plain)]):
+        path = tmp_path / f"{index}.safetensors"
+        written = _saved(writer, path)
+        with reader.attached():
+            assert torch.equal(reader.load(path).phi, written.phi)
 
 
 def test_the_adapter_is_part_of_the_model(make_model, tmp_path) -> None:
