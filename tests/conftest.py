@@ -45,6 +45,20 @@ TINY = {
         "vocab_size": 40,
         "mask_token_id": 39,
     },
+    "llada2_moe": {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 3,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "moe_intermediate_size": 12,
+        "intermediate_size": 24,
+        "vocab_size": 40,
+        "mask_token_id": 39,
+    },
 }
 
 

@@ -98,6 +98,8 @@ def propose(
     temperature: float = 0.0,
     keys: torch.Tensor | None = None,
     banned: torch.Tensor | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens, how sure the model is of them): int64 [N] and float [N], float32 or wider.
 
@@ -110,6 +112,8 @@ def propose(
         temperature: 0 draws nothing.
         keys: int64 [N], one for the draws of each position; needed at a temperature and by "random".
         banned: int64 ids that are never proposed and have no probability.
+        top_k, top_p: at a temperature draw only among the k likeliest tokens, and among the likeliest ones that
+            together hold the share p of softmax(logits / temperature); None: among all. The score does not change.
     """
     rows = chunk_rows(logits.shape[-1], logits.device)
     tokens, scores = [], []
@@ -123,7 +127,7 @@ def propose(
         if temperature > 0:
             assert own is not None
             each = mix_keys(own[:, None], torch.arange(1, part.shape[-1] + 1, device=part.device))  # [n, V]
-            noisy = perturb(part, temperature, hashed_uniform(each))
+            noisy = perturb(narrow(part, temperature, top_k, top_p), temperature, hashed_uniform(each))
         chosen = noisy.argmax(dim=-1)
         tokens.append(chosen)
         if remasking == "random":
@@ -134,6 +138,20 @@ def propose(
     if not tokens:
         return logits.new_zeros(0, dtype=torch.int64), logits.new_zeros(0, dtype=torch.float32)
     return torch.cat(tokens), torch.cat(scores)
+
+
+def narrow(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None) -> torch.Tensor:
+    """`logits` [..., V] with -inf at all tokens but the `top_k` likeliest, and of those the fewest likeliest that hold
+    the share `top_p` of softmax(logits / temperature); None leaves them."""
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if top_p is not None:
+        sorted_logits, order = logits.sort(dim=-1, descending=True, stable=True)
+        shares = torch.softmax(sorted_logits / temperature, dim=-1)
+        beyond = shares.cumsum(dim=-1) - shares >= top_p  # the tokens before it suffice
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
+    return logits
 
 
 def confidence(

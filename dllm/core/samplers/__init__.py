@@ -2,13 +2,17 @@
 
 from dllm.core.reveal import add_gumbel_noise, get_num_transfer_tokens
 from dllm.core.samplers.base import BaseSampler, BaseSamplerConfig, BaseSamplerOutput
+from dllm.core.samplers.block import BLOCK_PRESETS, BlockSampler, BlockSamplerConfig
 from dllm.core.samplers.mdlm import MDLM_PRESETS, MDLMSampler, MDLMSamplerConfig
 
 __all__ = [
+    "BLOCK_PRESETS",
     "MDLM_PRESETS",
     "BaseSampler",
     "BaseSamplerConfig",
     "BaseSamplerOutput",
+    "BlockSampler",
+    "BlockSamplerConfig",
     "MDLMSampler",
     "MDLMSamplerConfig",
     "add_gumbel_noise",

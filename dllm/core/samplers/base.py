@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import nn
 
+from dllm.core.noising import derive_seed
 from dllm.models.backbone import unwrap
 from dllm.models.spec import spec_of
 from dllm.utils.parsing import InputError
@@ -32,6 +33,7 @@ class BaseSamplerConfig:
     steps: int | None = None  # most denoising steps in all, at least one per block; None: one per masked token
     temperature: float = 0.0  # of the Gumbel noise; 0 takes the likeliest token and draws nothing
     seed: int = 0  # of every draw, together with the prompt (see `sample`)
+    suppress_tokens: tuple[int, ...] = ()  # ids that are never proposed; the mask token never is
     early_stop: bool = False  # a row ends with its first end-of-text token
     histories: bool = False  # keep the state after every step
 
@@ -126,3 +128,40 @@ class BaseSampler(ABC):
             attention_mask: [B, L], 1 at real tokens; None attends to all.
             seeds, on_step: as in `sample`.
         """
+
+    def token_lists(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """The prompts as lists.
+
+        Raises:
+            InputError: there is none, or an empty one.
+        """
+        rows = [[int(token) for token in prompt] for prompt in prompts]
+        if not rows or not all(rows):
+            raise InputError("a prompt needs at least one token: drop the empty ones, or begin them with the bos token")
+        return rows
+
+    def row_keys(self, seed: int, seeds: Sequence[int] | None, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Keys of the rows' draws (see `dllm.core.reveal.hashed_uniform`), int64 [B], on the model's device.
+
+        Args:
+            seed: config.seed.
+            seeds: one for each row; None: its tokens.
+            rows: the tokens.
+        """
+        parts = rows if seeds is None else [[own] for own in seeds]
+        if len(parts) != len(rows):
+            raise InputError(f"{len(parts)} seeds for {len(rows)} rows: give one for each")
+        return torch.tensor([derive_seed(seed, *part) for part in parts], device=self.lm.backbone.device)
+
+    def is_end(self, ids: torch.Tensor) -> torch.Tensor:
+        """Which tokens end an answer, bool."""
+        return torch.isin(ids, torch.tensor(self.end_token_ids, device=ids.device))
+
+    def behind_the_end(self, answers: torch.Tensor) -> torch.Tensor:
+        """Which positions of the answers [B, G] stand behind their first end token, bool [B, G]."""
+        ends = self.is_end(answers)
+        return (ends.cumsum(dim=1) - ends.long()) > 0
+
+    def banned(self, config: BaseSamplerConfig) -> torch.Tensor:
+        """Ids that are never proposed, int64, on the model's device."""
+        return torch.tensor([self.mask_token_id, *config.suppress_tokens], device=self.lm.backbone.device)

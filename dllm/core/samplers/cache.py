@@ -1,10 +1,12 @@
-"""Approximate KV caches for bidirectional models, in the manner of Fast-dLLM (arXiv 2505.22618, section 3.2).
+"""KV caches of the samplers.
 
-In a bidirectional model every position sees every other, so a committed token changes the keys and values everywhere.
-Within a block these caches pretend that it does not: keys and values outside a window are taken from the last full
-forward, which is the first step of every block. `prefix`: the window is the block and all after it; `dual`: the block
-alone. The tokens can therefore differ from those of `none`; only a block of one step is exact.
-Shapes: B rows, n key heads, L positions, W positions of the window, d head width.
+RowCache is exact: a block-causal model's keys and values of finished blocks never change. WindowCache is approximate,
+in the manner of Fast-dLLM (arXiv 2505.22618, section 3.2): in a bidirectional model every position sees every other, so
+a committed token changes the keys and values everywhere. Within a block it pretends that it does not: keys and values
+outside a window are taken from the last full forward, which is the first step of every block. `prefix`: the window is
+the block and all after it; `dual`: the block alone. The tokens can therefore differ from those of `none`; only a block
+of one step is exact.
+Shapes: B rows, n key heads, L columns, W columns of the window, d head width.
 """
 
 from __future__ import annotations
@@ -54,3 +56,47 @@ class WindowCache(Cache):
 
     def __init__(self, num_layers: int, start: int, end: int) -> None:
         super().__init__(layers=[WindowLayer(start, end) for _ in range(num_layers)])
+
+
+class RowLayer(DynamicLayer):
+    """Keys and values [B, heads, L, d] of one layer; a forward replaces those of its window and reads columns [0,
+    end)."""
+
+    def __init__(self, owner: RowCache) -> None:
+        super().__init__()
+        self.owner = owner
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first `end` keys and values, given those of the window [B, heads, W, d]."""
+        if self.keys is None or self.values is None:
+            shape = (*key_states.shape[:2], self.owner.length, key_states.shape[3])
+            self.keys, self.values = key_states.new_zeros(shape), value_states.new_zeros(shape)
+            self.is_initialized = True
+        for stored, new in ((self.keys, key_states), (self.values, value_states)):
+            stored.scatter_(2, self.owner.columns[:, None, :, None].expand_as(new), new)
+        return self.keys[:, :, : self.owner.end], self.values[:, :, : self.owner.end]
+
+    def get_seq_length(self) -> int:
+        """Keys that the present forward finds beside its own."""
+        return self.owner.end - self.owner.columns.shape[1]
+
+
+class RowCache(Cache):
+    """What a model takes as `past_key_values`: a buffer of L columns per layer, written at each row's own columns.
+
+    Args:
+        num_layers: layers of the model.
+        length: L.
+    """
+
+    def __init__(self, num_layers: int, length: int) -> None:
+        self.length, self.end = length, 0
+        self.columns = torch.zeros(1, 0, dtype=torch.int64)
+        super().__init__(layers=[RowLayer(self) for _ in range(num_layers)])
+
+    def window(self, columns: torch.Tensor, end: int) -> RowCache:
+        """Says where the next forward writes, int64 [B, W], and how many columns it reads."""
+        self.columns, self.end = columns, end
+        return self

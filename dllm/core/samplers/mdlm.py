@@ -12,7 +12,6 @@ from typing import Any, get_args
 
 import torch
 
-from dllm.core.noising import derive_seed
 from dllm.core.reveal import Remasking, choose_above, choose_positions, get_num_transfer_tokens, mix_keys, propose
 from dllm.core.samplers.base import BaseSampler, BaseSamplerConfig, BaseSamplerOutput, Observer, Prompt
 from dllm.core.samplers.cache import CacheKind, WindowCache
@@ -31,7 +30,6 @@ class MDLMSamplerConfig(BaseSamplerConfig):
     threshold: float | None = None  # in (0, 1]: a step also commits whatever is surer than this; None: only its share
     cfg_scale: float = 0.0  # classifier-free guidance, at least 0: logits u + (1 + scale) (c - u); 0 turns it off
     cache: CacheKind = "none"  # approximate reuse of keys and values (see dllm.core.samplers.cache)
-    suppress_tokens: tuple[int, ...] = ()  # ids that are never proposed; the mask token never is
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,10 +96,7 @@ class MDLMSampler(BaseSampler):
     ) -> BaseSamplerOutput:
         """See `BaseSampler.sample`. Shorter prompts are padded on the left, out of the others' sight."""
         settings = self._settings(config)
-        rows = [[int(token) for token in prompt] for prompt in prompts]
-        if not rows or not all(rows):
-            raise InputError("a prompt needs at least one token: drop the empty ones, or begin them with the bos token")
-        canvas = self._prompts_and_masks(rows, settings, seeds)
+        canvas = self._prompts_and_masks(self.token_lists(prompts), settings, seeds)
         return self._denoise(canvas, settings, on_step)
 
     @torch.no_grad()
@@ -174,9 +169,7 @@ class MDLMSampler(BaseSampler):
     ) -> torch.Tensor | None:
         if settings.temperature == 0 and settings.remasking != "random":
             return None
-        parts = rows() if seeds is None else [[seed] for seed in seeds]
-        own = [derive_seed(settings.seed, *part) for part in parts]
-        return torch.tensor(own, device=self.lm.backbone.device)
+        return self.row_keys(settings.seed, seeds, rows())
 
     def _denoise(self, canvas: _Canvas, settings: MDLMSamplerConfig, on_step: Observer | None) -> BaseSamplerOutput:
         steps = _steps_per_block(canvas.num_masked, settings.steps)  # [B, number of blocks]
@@ -203,7 +196,7 @@ class MDLMSampler(BaseSampler):
         left = (canvas.num_masked[:, block, None] - schedule.cumsum(dim=1) + schedule).amax(dim=0).tolist()
         schedule = schedule.to(canvas.ids.device)
         passes = self._passes(canvas, start, end, settings)
-        banned = torch.tensor([self.mask_token_id, *settings.suppress_tokens], device=canvas.ids.device)
+        banned = self.banned(settings)
         may_end_early = settings.threshold is not None or settings.early_stop
         for step, scheduled in enumerate(left):
             masked = canvas.is_masked[:, start:end]
@@ -269,11 +262,8 @@ class MDLMSampler(BaseSampler):
     def _end_rows(self, canvas: _Canvas) -> None:
         """Rows with an end-of-text token before all their masks are done: nothing of them is masked any more."""
         masked = canvas.is_masked[:, canvas.first_new :]
-        ends = self._is_end(canvas.ids[:, canvas.first_new :]) & (masked.cumsum(dim=1) == 0)
+        ends = self.is_end(canvas.ids[:, canvas.first_new :]) & (masked.cumsum(dim=1) == 0)
         masked &= ~ends.any(dim=1, keepdim=True)
-
-    def _is_end(self, ids: torch.Tensor) -> torch.Tensor:
-        return torch.isin(ids, torch.tensor(self.end_token_ids, device=ids.device))
 
     def _output(
         self,
@@ -287,8 +277,7 @@ class MDLMSampler(BaseSampler):
         if canvas.first_new is not None:
             answers = canvas.ids[:, canvas.first_new :]
             if settings.early_stop:
-                ends = self._is_end(answers)
-                behind = (ends.cumsum(dim=1) - ends.long()) > 0
+                behind = self.behind_the_end(answers)
                 answers.masked_fill_(behind, self.pad_token_id)  # a view of canvas.ids
                 num_committed = (~behind).sum(dim=1)
             answers = answers.clone()

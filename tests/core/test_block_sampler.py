@@ -1,0 +1,280 @@
+"""BlockSampler against a naive loop, cache on = off, a batch = its singles."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from dllm.core.attention import block_causal_mask
+from dllm.core.samplers import BLOCK_PRESETS, BlockSampler, BlockSamplerConfig
+
+MASK, PAD, EOS = 39, 38, 37
+FAMILIES = ["llada", "llada_moe", "llada2_moe"]
+
+
+class _Tokenizer:
+    special_tokens_map = {"mask_token": "<mask>", "pad_token": "<pad>", "eos_token": "<eos>"}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"<mask>": MASK, "<pad>": PAD, "<eos>": EOS}
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return self.get_vocab()[token]
+
+
+def _sampler(model, shift: int = 0) -> BlockSampler:
+    sampler = BlockSampler(model, _Tokenizer())  # pyright: ignore
+    sampler.spec = dataclasses.replace(sampler.spec, logit_shift=shift)
+    return sampler
+
+
+def _prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(4)
+    return [torch.randint(0, 37, (length,), generator=generator).tolist() for length in (5, 2, 11, 8, 1)]
+
+
+@torch.no_grad()
+def _naive(model, prompt: list[int], new: int, size: int, config: BlockSamplerConfig, shift: int = 0):
+    """(answer, steps) of one prompt: everything seen is computed anew in every step, one token after the other."""
+    total = -((len(prompt) + new) // -size) * size
+    ids = torch.tensor(prompt + [MASK] * (total - len(prompt)))
+    num_steps = 0
+    for start in range(len(prompt) // size * size, total, size):
+        block = range(start, start + size)
+        masks_at_first = sum(int(ids[i]) == MASK for i in block)
+        step = post_steps = 0
+        while True:
+            seen = ids[: start + size]
+            logits = model(input_ids=seen[None], attention_mask=block_causal_mask(len(seen), size)).logits[0]
+            logits = torch.cat([logits[:1]] * shift + [logits[: len(logits) - shift]])
+            logits[:, MASK] = -torch.inf
+            best = torch.softmax(logits, dim=-1).max(dim=-1)
+            masked = sorted((i for i in block if ids[i] == MASK), key=lambda i: -float(best.values[i]))
+            share = config.steps_per_block or size
+            count = masks_at_first // share + (step < masks_at_first % share)
+            chosen = masked[: max(config.min_transfer, count)]
+            if config.threshold is not None:
+                chosen = [i for i in masked if i in chosen or best.values[i] > config.threshold]
+            editable = [i for i in block if i >= len(prompt) and ids[i] != MASK]
+            if config.editing_threshold is not None:
+                surer = [i for i in editable if best.values[i] > config.editing_threshold]
+                chosen = chosen + [i for i in surer if best.indices[i] != ids[i]]
+            for i in chosen:
+                ids[i] = best.indices[i]
+            num_steps += 1
+            step += 1
+            post_steps += not masked
+            if any(ids[i] == MASK for i in block):
+                continue
+            if config.editing_threshold is None or not chosen or post_steps >= config.max_post_steps:
+                break
+    return ids[len(prompt) : len(prompt) + new].tolist(), num_steps
+
+
+SETTINGS = {
+    "plain": {},
+    "steps": {"steps_per_block": 3},
+    "transfer": {"min_transfer": 2},
+    "threshold": {"threshold": 0.2},
+    "threshold_and_steps": {"threshold": 0.3, "steps_per_block": 2},
+    "editing": {"threshold": 0.15, "editing_threshold": 0.2},
+    "editing_all": {"steps_per_block": 2, "editing_threshold": 0.0, "max_post_steps": 3},
+    "no_post_steps": {"threshold": 0.1, "editing_threshold": 0.1, "max_post_steps": 0},
+}
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_sample_equals_a_naive_loop(make_model, family: str, name: str, shift: int) -> None:
+    model = make_model(family).double()
+    config = BlockSamplerConfig(max_new_tokens=11, block_size=4, **SETTINGS[name])
+    output = _sampler(model, shift).sample(_prompts(), config)
+    assert output.answers is not None and output.nfe is not None
+    for row, prompt in enumerate(_prompts()):
+        answer, steps = _naive(model, prompt, 11, 4, config, shift)
+        assert output.answers[row].tolist() == answer
+        assert output.nfe[row] == steps + (len(prompt) >= 4)  # and one forward for a prompt of whole blocks
+        assert output.sequences[row].tolist() == (prompt + answer + [PAD] * 11)[: 11 + 11]
+
+
+DRAWN = {
+    "temperature": {"temperature": 0.9},
+    "top_k": {"temperature": 1.2, "top_k": 3, "threshold": 0.3},
+    "top_p": {"temperature": 1.2, "top_p": 0.7, "editing_threshold": 0.3},
+    "early_stop": {"temperature": 2.0, "early_stop": True},
+    "suppressed": {"suppress_tokens": (1, 2, 3), "threshold": 0.3},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", [*SETTINGS, *DRAWN])
+def test_cache_and_batch_change_nothing(make_model, family: str, name: str) -> None:
+    sampler = _sampler(make_model(family).double())  # float32 products vary with their shape
+    config = BlockSamplerConfig(max_new_tokens=17, block_size=4, **{**SETTINGS, **DRAWN}[name])
+    batch = sampler.sample(_prompts(), config)
+    without = sampler.sample(_prompts(), dataclasses.replace(config, use_cache=False))
+    assert batch.answers is not None and batch.nfe is not None and batch.num_committed is not None
+    assert without.nfe is not None
+    assert torch.equal(batch.sequences, without.sequences)
+    for row, prompt in enumerate(_prompts()):
+        single = sampler.sample([prompt], config)
+        assert single.answers is not None and single.nfe is not None and single.num_committed is not None
+        assert batch.answers[row].tolist() == single.answers[0].tolist()
+        assert batch.nfe[row] == single.nfe[0] == without.nfe[row] + (len(prompt) >= 4)
+        assert batch.num_committed[row] == single.num_committed[0]
+
+
+def test_rows_go_at_their_own_pace(make_model) -> None:
+    sampler = _sampler(make_model("llada2_moe"))
+    output = sampler.sample(_prompts(), BlockSamplerConfig(max_new_tokens=24, block_size=4, threshold=0.3))
+    assert output.nfe is not None and len(set(output.nfe.tolist())) > 2
+
+
+@pytest.mark.parametrize("threshold", [None, 0.2])
+def test_a_finished_block_is_computed_once_more_at_most(make_model, threshold: float | None) -> None:
+    model = make_model("llada2_moe")
+    widths: list[int] = []
+    original = model.forward
+
+    def forward(**inputs):
+        widths.append(inputs["input_ids"].shape[1])
+        return original(**inputs)
+
+    model.forward = forward
+    prompt = _prompts()[2]  # 11 tokens: two whole blocks, three tokens of the third
+    config = BlockSamplerConfig(max_new_tokens=9, block_size=4, threshold=threshold)
+    output = _sampler(model).sample([prompt], config)
+    assert output.nfe is not None and output.nfe.tolist() == [len(widths)]
+    assert widths[0] == 8  # the prompt
+    assert widths.count(8) == 1 + 2  # and each of the two answer blocks before the last, with its successor
+    assert set(widths) == {4, 8}
+    if threshold is None:
+        assert len(widths) == 1 + 1 + 4 + 4  # 9 new tokens: one in the third block, then two whole ones
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("settings", [{}, {"threshold": 0.2, "editing_threshold": 0.2}, {"temperature": 0.8}])
+def test_infilling(make_model, family: str, settings: dict) -> None:
+    model = make_model(family).double()
+    sampler = _sampler(model)
+    noised = torch.randint(0, 37, (4, 14), generator=torch.Generator().manual_seed(5))
+    noised[0, 1:9] = MASK
+    noised[1, [2, 11]] = MASK
+    noised[2, 8:] = MASK  # row 3 has nothing to fill in
+    real = torch.ones_like(noised)
+    real[1, 12:] = 0
+    config = BlockSamplerConfig(block_size=4, **settings)
+    batch = sampler.infill(noised, config, real)
+    without = sampler.infill(noised, dataclasses.replace(config, use_cache=False), real)
+    assert torch.equal(batch.sequences, without.sequences)
+    assert not (batch.sequences == MASK).any()
+    assert torch.equal(batch.sequences[noised != MASK], noised[noised != MASK])
+    for row in range(4):
+        length = int(real[row].sum())
+        single = sampler.infill(noised[row : row + 1, :length], config)
+        assert torch.equal(batch.sequences[row, :length], single.sequences[0])
+        assert batch.nfe is not None and single.nfe is not None and batch.nfe[row] == single.nfe[0]
+
+
+def test_infilling_sees_no_later_block(make_model) -> None:
+    sampler = _sampler(make_model("llada2_moe"))
+    noised = torch.randint(0, 37, (1, 12), generator=torch.Generator().manual_seed(5))
+    noised[0, 2:4] = MASK
+    other = noised.clone()
+    other[0, 4:] = (other[0, 4:] + 1) % 37
+    config = BlockSamplerConfig(block_size=4)
+    first, second = (sampler.infill(ids, config).sequences[0, :4] for ids in (noised, other))
+    assert torch.equal(first, second)
+
+
+def test_a_long_prompt_is_prefilled_in_parts(make_model, monkeypatch) -> None:
+    sampler = _sampler(make_model("llada2_moe").double())
+    prompt = torch.randint(0, 37, (31,), generator=torch.Generator().manual_seed(5)).tolist()
+    config = BlockSamplerConfig(max_new_tokens=8, block_size=4)
+    whole = sampler.sample([prompt, prompt[:9]], config).sequences
+    monkeypatch.setattr("dllm.core.samplers.block.PREFILL_COLUMNS", 10)
+    assert torch.equal(sampler.sample([prompt, prompt[:9]], config).sequences, whole)
+
+
+def test_early_stop_ends_a_row_with_its_block(make_model) -> None:
+    sampler = _sampler(make_model("llada2_moe"))
+    stopped = 0
+    for seed in range(10):
+        config = BlockSamplerConfig(max_new_tokens=22, block_size=4, temperature=2.0, seed=seed)
+        whole = sampler.sample(_prompts(), config)
+        ended = sampler.sample(_prompts(), dataclasses.replace(config, early_stop=True))
+        assert whole.answers is not None and ended.answers is not None and ended.num_committed is not None
+        assert whole.nfe is not None and ended.nfe is not None
+        for row in range(len(_prompts())):
+            answer = whole.answers[row].tolist()
+            length = answer.index(EOS) + 1 if EOS in answer else 22
+            assert ended.answers[row].tolist() == answer[:length] + [PAD] * (22 - length)
+            assert ended.num_committed[row] == length
+            stopped += int(ended.nfe[row] < whole.nfe[row])
+    assert stopped > 0
+
+
+def test_editing_replaces_tokens_of_the_answer_alone(make_model) -> None:
+    sampler = _sampler(make_model("llada2_moe"))
+    config = BlockSamplerConfig(
+        max_new_tokens=14, block_size=8, steps_per_block=1, editing_threshold=0.0, max_post_steps=4, histories=True
+    )
+    output = sampler.sample(_prompts(), config)
+    assert output.histories is not None
+    replaced = False
+    for before, after in zip(output.histories[:-1], output.histories[1:], strict=True):
+        replaced |= bool(((before != after) & (before != MASK)).any())
+    assert replaced
+    for row, prompt in enumerate(_prompts()):
+        for state in output.histories:
+            assert state[row, : len(prompt)].tolist() == prompt
+    assert torch.equal(output.histories[-1], output.sequences)
+
+
+def test_block_size_follows_the_family(make_model) -> None:
+    model = make_model("llada2_moe")
+    config = BlockSamplerConfig(max_new_tokens=6, threshold=0.5)
+    own = _sampler(model).sample(_prompts(), config).sequences
+    named = _sampler(model).sample(_prompts(), dataclasses.replace(config, block_size=32)).sequences
+    assert torch.equal(own, named)
+
+
+@pytest.mark.parametrize("name", BLOCK_PRESETS)
+def test_presets_are_settings(name: str) -> None:
+    assert BlockSamplerConfig(**BLOCK_PRESETS[name]).editing_threshold is not None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"steps": 4},
+        {"steps_per_block": 0},
+        {"min_transfer": 0},
+        {"threshold": 0.0},
+        {"top_k": 0, "temperature": 1.0},
+        {"top_p": 1.0, "temperature": 1.0},
+        {"top_p": 0.5},
+        {"editing_threshold": 1.5},
+        {"editing_threshold": -0.1},
+        {"max_post_steps": -1, "editing_threshold": 0.5},
+        {"max_post_steps": 3},
+    ],
+)
+def test_bad_settings(settings: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        BlockSamplerConfig(**settings)
+
+
+def test_bad_input(make_model) -> None:
+    sampler = _sampler(make_model("llada2_moe", max_position_embeddings=16))
+    with pytest.raises(ValueError, match="at least one token"):
+        sampler.sample([[]])
+    with pytest.raises(ValueError, match=r"need 20 positions \(whole blocks of 4\) and the model has 16"):
+        sampler.sample([[1] * 9], BlockSamplerConfig(max_new_tokens=8, block_size=4))
+    with pytest.raises(ValueError, match="padding at the end"):
+        sampler.infill(torch.tensor([[1, MASK, 2]]), None, torch.tensor([[0, 1, 1]]))
+    with pytest.raises(ValueError, match="early_stop has no effect"):
+        sampler.infill(torch.tensor([[1, MASK]]), BlockSamplerConfig(early_stop=True))
+    with pytest.raises(ValueError, match="2 seeds for 1 rows"):
+        sampler.sample([[1]], BlockSamplerConfig(max_new_tokens=4, block_size=4, temperature=1.0), seeds=[1, 2])
