@@ -26,6 +26,12 @@ def checkpoint(tmp_path_factory) -> str:
     return str(make_tiny_checkpoint(folder, "llada_moe", num_hidden_layers=2, num_experts=4))
 
 
+@pytest.fixture(autouse=True)
+def _no_environment_report(monkeypatch):
+    # Seconds per evaluation: lm-eval asks pip for the list of packages.
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+
+
 @pytest.fixture
 def options(checkpoint, tmp_path):
     """A function (**changes) -> options of a small sweep."""
