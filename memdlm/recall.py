@@ -27,6 +27,8 @@ from memdlm.memory.parametric import ParametricMemory
 from memdlm.memory.prompts import WrittenMemory
 from memdlm.memory.store import check_target, read_header
 
+SHOWN_LOSSES = 4  # of the first and of the last inner steps
+
 
 def _flags(name: str, source: Any, left_out: Sequence[str] = (), optional: Sequence[str] = ()) -> Any:
     """The flags of `source` less some; `optional` ones are None where they are not given."""
@@ -146,10 +148,12 @@ def _report_write(
     path: str, out: str, memory: ParametricMemory, written: WrittenMemory, num_dropped: int, seconds: float
 ) -> None:
     dropped = f" (its first {num_dropped:,} were dropped)" if num_dropped else ""
-    losses = ", ".join(f"{loss:.4f}" for loss in written.losses.tolist())
+    losses = [f"{loss:.4f}" for loss in written.losses.tolist()]
+    if len(losses) > 2 * SHOWN_LOSSES:
+        losses = [*losses[:SHOWN_LOSSES], f"... ({len(losses)} steps)", *losses[-SHOWN_LOSSES:]]
     fast = memory.fast
     print(f"document      {path}: {written.num_tokens:,} tokens{dropped}")
-    print(f"inner losses  {losses}")
+    print(f"inner losses  {', '.join(losses)}")
     print(f"memory        {fast.numel:,} numbers on {len(fast.targets)} linears, from layer {memory.start} on")
     print(f"written in    {seconds:.2f} s")
     print(f"file          {out}: {os.path.getsize(out) / 1e6:.2f} MB, for {memory.lm.name_or_path}")
