@@ -25,6 +25,7 @@ from bench_model import (
     option,
     print_machine,
     ratio_to,
+    spec_of_family,
     synchronize,
     write_json,
 )
@@ -34,7 +35,6 @@ from rich.table import Table
 from dllm import utils
 from dllm.core.noising import make_generator
 from dllm.core.samplers import MDLMSampler, MDLMSamplerConfig
-from dllm.models import get_spec
 from memdlm import MemoryConfig, ParametricMemory
 from memdlm.memory.config import flag_fields
 from memdlm.memory.inner_loop import clip_gradient
@@ -120,7 +120,7 @@ def compare_writes(memory: ParametricMemory, prompt: list[int], options: Options
 
 def compare_batch(memory: ParametricMemory, prompts: list[list[int]], options: Options) -> dict[str, Any]:
     """Times of writing and decoding all prompts at once and one by one, and the share of equal tokens."""
-    tokenizer = make_tokenizer(get_spec(options.family))
+    tokenizer = make_tokenizer(spec_of_family(options))
     sampler = MDLMSampler(memory.lm, tokenizer)
     config = MDLMSamplerConfig(max_new_tokens=options.max_new_tokens, steps=options.steps)
 
@@ -150,7 +150,7 @@ def print_seconds(seconds: dict[str, list[float]], title: str) -> None:
 def main() -> None:
     options, flags = utils.parse_args(Options, MemoryFlags)
     torch.set_num_threads(options.threads)
-    tokenizer = make_tokenizer(get_spec(options.family))
+    tokenizer = make_tokenizer(spec_of_family(options))
     model = make_model(options).eval().to(options.device)
     settings = {name.removeprefix("mem_"): value for name, value in asdict(flags).items()}
     memory = ParametricMemory(model, MemoryConfig.for_decoding(**settings))

@@ -19,7 +19,11 @@ from dllm.models.layers import set_dropout
 FAMILY_SIZES = {
     "llada_moe": {"num_experts": 8, "num_experts_per_tok": 2, "expert_intermediate_size": 256},
     "llada": {"mlp_hidden_size": 768},
+    "llada2": {"num_experts": 8, "num_experts_per_tok": 2, "expert_intermediate_size": 256, "mlp_hidden_size": 768},
 }
+# What the flags are called in each family's configuration, where it is another name; "llada2" is short for llada2_moe.
+SPEC_NAMES = {"llada2": "llada2_moe"}
+OWN_NAMES = {"llada2": {"expert_intermediate_size": "moe_intermediate_size", "mlp_hidden_size": "intermediate_size"}}
 
 
 def option(default: Any, help: str) -> Any:
@@ -31,14 +35,16 @@ def option(default: Any, help: str) -> Any:
 class ModelOptions:
     """The model and the measurement."""
 
-    family: Literal["llada_moe", "llada"] = option("llada_moe", "Family of the model.")
+    family: Literal["llada_moe", "llada", "llada2"] = option("llada_moe", "Family of the model.")
     hidden_size: int = option(256, "Width of the hidden states, a multiple of 2 * num_heads.")
     num_layers: int = option(16, "Number of layers, at least 1.")
     num_heads: int = option(8, "Attention heads, at least 1.")
-    num_experts: int | None = option(None, "Experts of a layer, at least 1. None: 8 (llada_moe).")
-    num_experts_per_tok: int | None = option(None, "Experts of a token, at least 1. None: 2 (llada_moe).")
-    expert_intermediate_size: int | None = option(None, "Width of an expert, at least 1. None: 256 (llada_moe).")
-    mlp_hidden_size: int | None = option(None, "Width of the feed-forward part, at least 1. None: 768 (llada).")
+    num_experts: int | None = option(None, "Experts of a layer, at least 1. None: 8 (MoE families).")
+    num_experts_per_tok: int | None = option(None, "Experts of a token, at least 1. None: 2 (MoE families).")
+    expert_intermediate_size: int | None = option(None, "Width of an expert, at least 1. None: 256 (MoE families).")
+    mlp_hidden_size: int | None = option(
+        None, "Width of the dense feed-forward part, at least 1. None: 768 (llada, llada2)."
+    )
     vocab_size: int = option(32000, "Tokens, special ones included, at least 16.")
     device: Literal["cpu", "cuda"] = option("cpu", "Where to run.")
     dtype: Literal["float32", "bfloat16"] = option("float32", "Type of the weights.")
@@ -49,24 +55,31 @@ class ModelOptions:
     json: str | None = option(None, "File for all numbers. None: they are only printed.")
 
     def __post_init__(self) -> None:
-        for family, sizes in FAMILY_SIZES.items():
-            for name, default in sizes.items():
-                if family == self.family and getattr(self, name) is None:
-                    setattr(self, name, default)
-                elif family != self.family and getattr(self, name) is not None:
-                    raise utils.InputError(f"--{name} has no effect with --family {self.family}: drop it")
+        own_sizes = FAMILY_SIZES[self.family]
+        for name in {name for sizes in FAMILY_SIZES.values() for name in sizes}:
+            if name in own_sizes and getattr(self, name) is None:
+                setattr(self, name, own_sizes[name])
+            elif name not in own_sizes and getattr(self, name) is not None:
+                raise utils.InputError(f"--{name} has no effect with --family {self.family}: drop it")
         least = {"vocab_size": 16, "prompt_length": 0, "warmup_rounds": 0, "seed": 0}
         for name, value in asdict(self).items():
             if type(value) is int and value < least.get(name, 1):
                 raise utils.InputError(f"--{name} must be at least {least.get(name, 1)}, got {value}")
         if self.hidden_size % (2 * self.num_heads):
             raise utils.InputError(f"--hidden_size must be a multiple of {2 * self.num_heads} (2 * num_heads)")
+        if self.family == "llada2" and (self.num_experts or 0) % 4:
+            raise utils.InputError("--num_experts must be a multiple of 4 with --family llada2 (groups of two)")
         if (self.num_experts_per_tok or 0) > (self.num_experts or 0):
             raise utils.InputError(f"--num_experts_per_tok must be at most --num_experts {self.num_experts}")
         if self.json is not None and not pathlib.Path(self.json).absolute().parent.is_dir():
             raise utils.InputError(f"--json {self.json}: its folder does not exist, make it first")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise utils.InputError("torch finds no CUDA device: use --device cpu")
+
+
+def spec_of_family(options: ModelOptions) -> ModelSpec:
+    """The family."""
+    return get_spec(SPEC_NAMES.get(options.family, options.family))
 
 
 def make_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
@@ -79,7 +92,7 @@ def make_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
 
 def make_model(options: ModelOptions) -> Any:
     """Random weights, without dropout, on the CPU."""
-    spec = get_spec(options.family)
+    spec = spec_of_family(options)
     sizes = {
         "vocab_size": options.vocab_size,
         "hidden_size": options.hidden_size,
@@ -87,7 +100,9 @@ def make_model(options: ModelOptions) -> Any:
         "num_attention_heads": options.num_heads,
         **{name: getattr(options, name) for name in FAMILY_SIZES[options.family]},
     }
-    own_names = spec.config_class.attribute_map
+    own_names = {**spec.config_class.attribute_map, **OWN_NAMES.get(options.family, {})}
+    if options.family == "llada2":
+        sizes |= {"num_key_value_heads": options.num_heads, "n_group": options.num_experts // 2, "topk_group": 2}
     mask_token_id = list(spec.special_tokens).index(spec.mask_token)
     config = spec.config_class(
         **{own_names.get(name, name): size for name, size in sizes.items()}, mask_token_id=mask_token_id

@@ -2,11 +2,12 @@
 
     python scripts/bench/sampling.py                                     # a 46 M LLaDA-MoE, 448 + 64 tokens, 64 steps
     python scripts/bench/sampling.py --family llada --block_size 32 --caches none,prefix,dual
+    python scripts/bench/sampling.py --family llada2 --num_layers 10     # exact cache on and off, 2048 + 128 tokens
     python scripts/bench/sampling.py --device cuda --dtype bfloat16 --batch_size 8
 
 The reference computes logits and probabilities at every position in every step and chooses row by row, as public code
-does; both commit the same tokens, which is checked. "Overhead" is the time outside the model's forwards over the time
-inside.
+does; for llada2 it is BlockSampler without its cache. How many tokens come out the same is printed. "Overhead" is the
+time outside the model's forwards over the time inside.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from bench_model import (
     option,
     print_machine,
     ratio_to,
+    spec_of_family,
     synchronize,
     write_json,
 )
@@ -33,10 +35,8 @@ from rich.table import Table
 
 from dllm import utils
 from dllm.core.noising import make_generator
-from dllm.core.samplers import MDLMSampler, MDLMSamplerConfig
-from dllm.models import get_spec
+from dllm.core.samplers import BlockSampler, BlockSamplerConfig, MDLMSampler, MDLMSamplerConfig
 
-REFERENCE = "all logits"
 console = Console()
 
 
@@ -47,29 +47,54 @@ class Options(ModelOptions):
     rounds: int = option(3, "Timed rounds (each side once), at least 1.")
     warmup_rounds: int = option(1, "Rounds before them that do not count, at least 0.")
     batch_size: int = option(1, "Prompts, at least 1.")
-    prompt_length: int = option(448, "Tokens of a prompt, at least 1.")
-    max_new_tokens: int = option(64, "Tokens of an answer, at least 1.")
-    steps: int | None = option(None, "Denoising steps, at least 1. None: one per new token.")
-    block_size: int | None = option(None, "Tokens of a block, at least 1. None: one block.")
-    caches: str = option("none", "Caches of MDLMSampler to time, of none, prefix, dual, separated by commas.")
+    prompt_length: int | None = option(None, "Tokens of a prompt, at least 1. None: 448 (llada2: 2048).")
+    max_new_tokens: int | None = option(None, "Tokens of an answer, at least 1. None: 64 (llada2: 128).")
+    steps: int | None = option(None, "Denoising steps, at least 1. None: one per new token; not for llada2.")
+    block_size: int | None = option(None, "Tokens of a block, at least 1. None: one block (llada2: 32).")
+    caches: str | None = option(None, "Caches to time, of none, prefix, dual. None: none; not for llada2.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.prompt_length < 1:
-            raise utils.InputError("--prompt_length must be at least 1")
-        self.settings()  # refuses what the sampler refuses
+        is_block = self.family == "llada2"
+        if is_block and (self.steps, self.caches) != (None, None):
+            raise utils.InputError("--steps and --caches have no effect with --family llada2: drop them")
+        self.prompt_length = self.prompt_length or (2048 if is_block else 448)
+        self.max_new_tokens = self.max_new_tokens or (128 if is_block else 64)
+        if not is_block:
+            self.settings()  # refuses what the sampler refuses
 
     def settings(self) -> dict[str, MDLMSamplerConfig]:
         """The settings of each cache."""
+        new = self.max_new_tokens
         return {
             kind: MDLMSamplerConfig(
-                max_new_tokens=self.max_new_tokens,
-                steps=self.steps or self.max_new_tokens,
-                block_size=self.block_size,
-                cache=kind,  # pyright: ignore
+                max_new_tokens=new, steps=self.steps or new, block_size=self.block_size, cache=kind.strip()
             )
-            for kind in self.caches.split(",")
+            for kind in (self.caches or "none").split(",")
         }
+
+
+Sides = dict[str, Callable[[], torch.Tensor]]
+
+
+def make_sides(options: Options, model: Any, tokenizer: Any, prompts: torch.Tensor) -> Sides:
+    """What is timed, the reference first; each gives the tokens [B, L]."""
+    rows = list(prompts)
+    if options.family == "llada2":
+        block = BlockSampler(model, tokenizer)
+        configs = {
+            name: BlockSamplerConfig(
+                max_new_tokens=options.max_new_tokens, block_size=options.block_size, use_cache=use_cache
+            )
+            for name, use_cache in (("cache off", False), ("cache on", True))
+        }
+        return {name: lambda config=config: block.sample(rows, config).sequences for name, config in configs.items()}
+    sampler, settings = MDLMSampler(model, tokenizer), options.settings()
+    first = next(iter(settings.values()))
+    sides: Sides = {"all logits": lambda: sample_with_all_logits(model, prompts, sampler.mask_token_id, first)}
+    for kind, config in settings.items():
+        sides[f"cache {kind}"] = lambda config=config: sampler.sample(rows, config).sequences
+    return sides
 
 
 @torch.no_grad()
@@ -119,10 +144,13 @@ def timing_forwards(model: Any, device: torch.device) -> Iterator[list[float]]:
         del model.forward
 
 
-def measure(sides: dict[str, Callable[[], torch.Tensor]], options: Options, model: Any) -> dict[str, dict[str, Any]]:
-    """{side: {"step_seconds", "overheads": one per round, "forwards", "ids": of one run}}; who begins alternates."""
+def measure(sides: Sides, options: Options, model: Any) -> dict[str, dict[str, Any]]:
+    """{side: {"seconds", "step_seconds", "overheads": one per round; "forwards", "ids": of one run}}.
+
+    Who begins alternates.
+    """
     device = model.backbone.device
-    found: dict[str, dict[str, Any]] = {name: {"step_seconds": [], "overheads": []} for name in sides}
+    found: dict[str, dict[str, Any]] = {name: {"seconds": [], "step_seconds": [], "overheads": []} for name in sides}
     for number in range(-options.warmup_rounds, options.rounds):
         for name in list(sides)[:: 1 if number % 2 else -1]:
             synchronize(device)
@@ -133,6 +161,7 @@ def measure(sides: dict[str, Callable[[], torch.Tensor]], options: Options, mode
                 seconds = time.perf_counter() - began
             found[name].update(forwards=len(forwards), ids=ids)
             if number >= 0:
+                found[name]["seconds"].append(seconds)
                 found[name]["step_seconds"].append(seconds / len(forwards))
                 found[name]["overheads"].append(seconds / sum(forwards) - 1)
     return found
@@ -150,45 +179,45 @@ def print_results(results: dict[str, Any]) -> None:
         overhead = f"{100 * statistics.median(side['overheads']):.1f} %"
         table.add_row(name, str(side["forwards"]), *(f"{value:.1f}" for value in shown), overhead)
     console.print(table)
-    for name, found in results["ratios"].items():
-        print(f"ratio {name} / {REFERENCE}, time per step: {found['ratio']:.2f}")
-        print(f"  single rounds {found['smallest']:.2f} to {found['largest']:.2f}")
+    for name, ratios in results["ratios"].items():
+        for which, shown in (("step_seconds", "time per step"), ("seconds", "whole answers")):
+            found = ratios[which]
+            print(f"ratio {name} / {results['reference']}, {shown}: {found['ratio']:.3f}")
+            print(f"  single rounds {found['smallest']:.3f} to {found['largest']:.3f}")
 
 
 def main() -> None:
     (options,) = utils.parse_args(Options)
     torch.set_num_threads(options.threads)
-    tokenizer = make_tokenizer(get_spec(options.family))
+    tokenizer = make_tokenizer(spec_of_family(options))
     model = make_model(options).eval().to(options.device)
-    sampler = MDLMSampler(model, tokenizer)
     prompts = torch.randint(
         len(tokenizer),
         options.vocab_size,
-        (options.batch_size, options.prompt_length),
+        (options.batch_size, options.prompt_length or 1),
         generator=make_generator(options.seed, "prompts"),
     ).to(options.device)
-    settings = options.settings()
-    first = next(iter(settings.values()))
-    sides: dict[str, Callable[[], torch.Tensor]] = {
-        REFERENCE: lambda: sample_with_all_logits(model, prompts, sampler.mask_token_id, first)
-    }
-    for kind, config in settings.items():
-        sides[f"cache {kind}"] = lambda config=config: sampler.sample(list(prompts), config).sequences
+    sides = make_sides(options, model, tokenizer, prompts)
+    reference = next(iter(sides))
     found = measure(sides, options, model)
-    same = {name: float((side.pop("ids") == found[REFERENCE]["ids"]).float().mean()) for name, side in found.items()
-            if name != REFERENCE}  # fmt: skip
-    del found[REFERENCE]["ids"]
-    reference = found[REFERENCE]["step_seconds"]
+    tokens = {name: side.pop("ids") for name, side in found.items()}
+    others = [name for name in sides if name != reference]
     results = {
         "options": asdict(options),
         "machine": describe_machine(model, options.device),
         "sides": found,
-        "ratios": {name: ratio_to(side["step_seconds"], reference) for name, side in found.items() if name in same},
-        "share_of_equal_tokens": same,
+        "reference": reference,
+        "ratios": {
+            name: {
+                which: ratio_to(found[name][which], found[reference][which]) for which in ("step_seconds", "seconds")
+            }
+            for name in others
+        },
+        "share_of_equal_tokens": {name: float((tokens[name] == tokens[reference]).float().mean()) for name in others},
     }
     print_results(results)
-    for name, share in same.items():
-        print(f"tokens equal to the reference's, prompt included: {name} {100 * share:.2f} %")
+    for name, share in results["share_of_equal_tokens"].items():
+        print(f"tokens equal to those of {reference}, prompt included: {name} {100 * share:.2f} %")
     write_json(options.json, results)
 
 

@@ -29,6 +29,7 @@ from bench_model import (
     option,
     print_machine,
     ratio_to,
+    spec_of_family,
     synchronize,
     write_json,
 )
@@ -42,7 +43,6 @@ from dllm.core.noising import draw_times, make_generator
 from dllm.core.trainers import MDLMConfig, MDLMTrainer
 from dllm.core.trainers.meters import peak_memory_mib
 from dllm.data.collators import IGNORE_INDEX, Batch
-from dllm.models import get_spec
 from dllm.models.lora import LoraSettings, add_lora
 from memdlm import MemDLMConfig, MemDLMTrainer
 from memdlm.memory.config import flag_fields
@@ -121,7 +121,7 @@ class Bench:
     """One model and one optimizer, a trainer of each kind and its batch."""
 
     def __init__(self, options: Options, settings: dict[str, MDLMConfig]) -> None:
-        tokenizer = make_tokenizer(get_spec(options.family))
+        tokenizer = make_tokenizer(spec_of_family(options))
         self.model = make_model(options)
         if options.lora:
             self.model = add_lora(self.model, LoraSettings(r=32, alpha=64, dropout=0.0), options.seed)
