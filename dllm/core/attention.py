@@ -5,6 +5,9 @@ Shapes: B rows, L query positions, P cached positions, S = P + L key positions, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import Cache, PreTrainedConfig
@@ -25,6 +28,111 @@ def block_causal_mask(
         raise ValueError(f"block_size must be at least 1, got {block_size}")
     keys = torch.arange(past_length + length, device=device) // block_size  # [S]
     return (keys[None, :] <= keys[past_length:, None])[None, None]
+
+
+def two_halves_mask(
+    length: int,
+    block_size: int,
+    padding: torch.Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Boolean mask [1 or B, 1, 2L, 2L] of the input [x_t ; x_0], the noised state and behind it the clean tokens.
+
+    The noised half sees its own block of itself and the blocks before it of the clean half; the clean half sees itself
+    block-causally and nothing of the noised one. So the noised block b is what a forward on [clean blocks < b, noised
+    block b] makes of it, for all blocks at once (BD3-LM, arXiv 2503.09573, figure 3). The last block may be shorter.
+
+    Args:
+        length: L.
+        block_size: positions of a block.
+        padding: None, or [B, L] with 1 / True at the positions that may be seen, in both halves.
+        device: where to make it; of `padding` if that is given.
+
+    Raises:
+        ValueError: block_size below 1, or padding of another length.
+    """
+    _check_halves(length, block_size, padding)
+    block = torch.arange(length, device=device if padding is None else padding.device) // block_size  # [L]
+    query, key = block[:, None], block[None, :]
+    noised = torch.cat([query == key, query > key], dim=1)
+    clean = torch.cat([torch.zeros_like(query == key), query >= key], dim=1)
+    mask = torch.cat([noised, clean])[None, None]
+    return mask if padding is None else mask & torch.cat([padding, padding], dim=1).bool()[:, None, None]
+
+
+def two_halves_block_mask(
+    length: int,
+    block_size: int,
+    padding: torch.Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> BlockMask:
+    """The mask of `two_halves_mask` in the form that flex attention takes; arguments and errors as there."""
+    _check_halves(length, block_size, padding)
+    rule = two_halves_rule(length, block_size)
+    if padding is None:
+        return create_block_mask(rule, None, None, 2 * length, 2 * length, device=device)
+    seen = torch.cat([padding, padding], dim=1).bool()
+
+    def sees(row, head, query, key):
+        return rule(row, head, query, key) & seen[row, key]
+
+    return create_block_mask(sees, len(padding), None, 2 * length, 2 * length, device=padding.device)
+
+
+def two_halves_rule(length: int, block_size: int) -> Callable[..., torch.Tensor]:
+    """The rule of `two_halves_mask` as a flex mask_mod: (row, head, query, key) -> bool, of index tensors."""
+
+    def sees(row, head, query, key):
+        query_block, key_block = query % length // block_size, key % length // block_size
+        query_is_noised, key_is_noised = query < length, key < length
+        own = query_is_noised & key_is_noised & (query_block == key_block)
+        before = query_is_noised & ~key_is_noised & (key_block < query_block)
+        within_clean = ~query_is_noised & ~key_is_noised & (key_block <= query_block)
+        return own | before | within_clean
+
+    return sees
+
+
+def has_two_halves(length: int, block_size: int | None) -> bool:
+    """Whether block diffusion needs the clean half: not for rows of a single block, nor without blocks (None)."""
+    return block_size is not None and length > block_size
+
+
+def two_halves_inputs(
+    implementation: str | None,
+    length: int,
+    block_size: int,
+    padding: torch.Tensor | None,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Mask and position ids of the input [x_t ; x_0], as keyword arguments of a model's forward.
+
+    Both halves have the positions 0 .. L - 1.
+
+    Args:
+        implementation: attention implementation of the model; flex_attention gets a BlockMask, all others a boolean
+            mask.
+        length, block_size, padding: see `two_halves_mask`.
+        device: of the input.
+    """
+    make = two_halves_block_mask if implementation == "flex_attention" else two_halves_mask
+    positions = torch.arange(length, device=device)
+    return {
+        "attention_mask": make(length, block_size, padding, device),
+        "position_ids": torch.cat([positions, positions])[None],
+    }
+
+
+def in_two_halves(positions: torch.Tensor, length: int) -> torch.Tensor:
+    """Flat indices into [B * L] as those of the same places in the noised half of [B * 2L]."""
+    return positions + positions // length * length
+
+
+def _check_halves(length: int, block_size: int, padding: torch.Tensor | None) -> None:
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    if padding is not None and padding.shape[1:] != (length,):
+        raise ValueError(f"padding has shape {list(padding.shape)}, expected [B, {length}]")
 
 
 def prepare_mask(

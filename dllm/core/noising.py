@@ -22,7 +22,7 @@ class NoisedBatch:
 
     noised_ids: torch.Tensor  # [B, L] int64, the mask token where `is_masked`
     is_masked: torch.Tensor  # [B, L] bool
-    t: torch.Tensor  # [B] float32, diffusion time of each row
+    t: torch.Tensor  # float32, diffusion time of each row, [B], or of each position, [B, L]
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -40,6 +40,26 @@ def draw_times(generators: Sequence[torch.Generator], time_epsilon: float) -> to
     """One time t ~ U(time_epsilon, 1) per row, from that row's generator: float32 [B]."""
     u = torch.cat([torch.rand(1, generator=g) for g in generators])  # [B]
     return time_epsilon + (1 - time_epsilon) * u
+
+
+def block_times(
+    first: torch.Tensor, generators: Sequence[torch.Generator], time_epsilon: float, length: int, block_size: int
+) -> torch.Tensor:
+    """The time of every position where each block has its own t ~ U(time_epsilon, 1): float32 [B, length].
+
+    A row's first block has the time that it is given, so that rows of one block are rows of full-sequence diffusion.
+
+    Args:
+        first: float32 [B].
+        generators: of the other blocks' times, one per row.
+        time_epsilon: smallest time.
+        length: L; the last block may be shorter.
+        block_size: positions of a block.
+    """
+    num_others = -(-length // block_size) - 1
+    others = time_epsilon + (1 - time_epsilon) * draw_noise(generators, num_others)
+    times = torch.cat([first[:, None], others], dim=1)  # [B, blocks]
+    return times.repeat_interleave(block_size, dim=1)[:, :length]
 
 
 def draw_noise(generators: Sequence[torch.Generator], length: int) -> torch.Tensor:
@@ -66,12 +86,13 @@ def mask_tokens(
     Args:
         input_ids: clean tokens, int64 [B, L].
         maskable: bool [B, L].
-        t: float [B].
+        t: float [B], or [B, L] for a time of each position.
         noise: uniform draws in [0, 1), float [B, L] (see `draw_noise`).
         scheduler: the masking schedule.
         mask_token_id: id of the mask token.
     """
-    is_masked = maskable & (noise < (1 - scheduler.alpha(t))[:, None])  # [B, L]
+    times = t[:, None] if t.dim() == 1 else t
+    is_masked = maskable & (noise < 1 - scheduler.alpha(times))  # [B, L]
     return NoisedBatch(apply_mask(input_ids, is_masked, mask_token_id), is_masked, t)
 
 

@@ -7,17 +7,19 @@ Shapes: B rows, L positions, N masked positions of the whole batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from dllm.core.noising import draw_noise, draw_times, flat_positions, make_generator, mask_tokens
+from dllm.core.editing import EditSettings, plan_edits
+from dllm.core.noising import block_times, draw_noise, draw_times, flat_positions, make_generator, mask_tokens
 from dllm.core.schedulers import BaseAlphaScheduler
 from dllm.utils.parsing import InputError
 
 IGNORE_INDEX = -100  # label of a position that is never masked and never in the loss
 
 Batch = dict[str, Any]
+TimePer = Literal["block", "row"]
 
 
 class PaddingCollator:
@@ -46,6 +48,38 @@ class PaddingCollator:
         }
 
 
+class BlockPaddingCollator:
+    """Pads rows on the right for block diffusion: {"input_ids", "labels"}, int64 [B, L], no attention mask.
+
+    Each row is filled up with end-of-text to the end of its last block, and that is trained on if the row's last token
+    is: the model learns to end a block. What a shorter row then still lacks is padding that is never masked or trained
+    on; it stands in blocks of its own, which no block before it sees. So a row's loss does not depend on the rows
+    beside it.
+
+    Args:
+        pad_token_id: id put behind the end of a row.
+        block_size: positions of a block, at least 1.
+    """
+
+    def __init__(self, pad_token_id: int, block_size: int) -> None:
+        self.pad_token_id, self.block_size = pad_token_id, block_size
+
+    def __call__(self, rows: Sequence[Batch]) -> Batch:
+        ids = [self._fill(row["input_ids"], self.pad_token_id) for row in rows]
+        trained = [len(row["labels"]) > 0 and row["labels"][-1] != IGNORE_INDEX for row in rows]
+        fills = [self.pad_token_id if is_trained else IGNORE_INDEX for is_trained in trained]
+        labels = [self._fill(row["labels"], fill) for row, fill in zip(rows, fills, strict=True)]
+        pad = torch.nn.utils.rnn.pad_sequence
+        return {
+            "input_ids": pad(ids, batch_first=True, padding_value=self.pad_token_id),
+            "labels": pad(labels, batch_first=True, padding_value=IGNORE_INDEX),
+        }
+
+    def _fill(self, values: Sequence[int], fill: int) -> torch.Tensor:
+        own = torch.as_tensor(values, dtype=torch.int64)
+        return torch.cat([own, own.new_full((-len(own) % self.block_size,), fill)])
+
+
 class NoisingCollator:
     """Pads with another collator, then draws the outer denoising state of every row.
 
@@ -55,11 +89,15 @@ class NoisingCollator:
         noised_ids       int64 [B, L]  the mask token at the masked positions
         maskable         bool  [B, L]  label != -100 (and, for families with a logit shift, not the first position)
         is_masked        bool  [B, L]
-        t                float32 [B]   diffusion time, U(time_epsilon, 1)
+        t                float32 [B]   diffusion time, U(time_epsilon, 1); of rows with several, the mean over their
+                                       maskable positions
         loss_positions   int64 [N]     flat indices of the masked positions into [B * L]
+        loss_t           float32 [N]   diffusion time of each
         num_maskable     int64 [B]
         example_id       int64 [B]
         attention_mask   int64 [B, L]  only if `pad` makes one
+        edit             dict          only with `editing`: what replaces these under the editing objective (see
+                                       `dllm.core.editing.plan_edits`)
 
     Args:
         pad: collator of {"input_ids", "labels"} rows; gets nothing but the keys of `model_keys`.
@@ -67,6 +105,10 @@ class NoisingCollator:
         seed: seed of all draws.
         stream: "train" draws anew every epoch; any other name (such as "eval") has the same masks in each.
         logit_shift: 1 where the logit of position p - 1 predicts token p; the first position has no such logit.
+        block_size: positions of a block under block diffusion; None: full-sequence diffusion.
+        time_per: "row": one time for the whole row; "block": one for each block (needs `block_size`).
+        editing: settings of the editing objective; None: no wrong tokens.
+        replacements: ids that may stand in as wrong tokens, needed with `editing`.
 
     Raises:
         InputError: a row lacks a key, is empty, or has labels that differ from its input_ids at a maskable position.
@@ -84,6 +126,10 @@ class NoisingCollator:
         seed: int = 42,
         stream: str = "train",
         logit_shift: int = 0,
+        block_size: int | None = None,
+        time_per: TimePer = "row",
+        editing: EditSettings | None = None,
+        replacements: torch.Tensor | None = None,
     ) -> None:
         self.pad = pad
         self.scheduler = scheduler
@@ -92,6 +138,8 @@ class NoisingCollator:
         self.seed = seed
         self.stream = stream
         self.logit_shift = logit_shift
+        self.block_size, self.time_per = block_size, time_per
+        self.editing, self.replacements = editing, replacements
         # In shared memory: worker processes that outlive an epoch must see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -131,21 +179,38 @@ class NoisingCollator:
         generators = self.row_generators(example_id, "outer")
         t = draw_times(generators, self.time_epsilon)
         noise = draw_noise(generators, input_ids.shape[1])
+        times = t[:, None].expand(input_ids.shape)  # [B, L]
+        if self.block_size is not None and self.time_per == "block":
+            others = self.row_generators(example_id, "block times")
+            times = block_times(t, others, self.time_epsilon, input_ids.shape[1], self.block_size)
+            t = (times * maskable).sum(dim=1) / maskable.sum(dim=1).clamp(min=1)
         noised = mask_tokens(
-            input_ids, maskable, t, noise=noise, scheduler=self.scheduler, mask_token_id=self.mask_token_id
+            input_ids, maskable, times, noise=noise, scheduler=self.scheduler, mask_token_id=self.mask_token_id
         )
+        positions = flat_positions(noised.is_masked)
         batch = {
             "input_ids": input_ids,
             "noised_ids": noised.noised_ids,
             "maskable": maskable,
             "is_masked": noised.is_masked,
             "t": t,
-            "loss_positions": flat_positions(noised.is_masked),
+            "loss_positions": positions,
+            "loss_t": times.reshape(-1)[positions],
             "num_maskable": maskable.sum(dim=1),
             "example_id": example_id,
         }
         if "attention_mask" in padded:
             batch["attention_mask"] = padded["attention_mask"]
+        if self.editing is not None:
+            assert self.replacements is not None
+            batch["edit"] = plan_edits(
+                batch,
+                times,
+                self.editing,
+                lambda purpose: self.row_generators(example_id, purpose),
+                self.replacements,
+                self.mask_token_id,
+            )
         return batch
 
 

@@ -1,9 +1,7 @@
-"""What the inner loop needs of a model: nothing compiled, no reentrant checkpointing, no dropout."""
+"""What the inner loop needs of a model: nothing compiled, no reentrant checkpointing."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 from accelerate.utils import has_compiled_regions
@@ -36,16 +34,3 @@ def refuse_reentrant(backbone: Backbone) -> None:
                 "memory needs non-reentrant activation checkpointing: enable it with "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Every submodule in eval mode (no dropout) inside the block; each one's own mode again afterwards."""
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dllm.core.modes import evaluating
 from dllm.core.schedulers import BaseAlphaScheduler, LinearAlphaScheduler
 from dllm.core.split import at_layer
 from dllm.models.backbone import unwrap
@@ -28,7 +29,7 @@ from dllm.utils.parsing import InputError
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.export import export_adapter
 from memdlm.memory.fast_weights import FastWeights, find_targets, first_adapted_layer
-from memdlm.memory.guards import evaluating, refuse_compiled, refuse_reentrant
+from memdlm.memory.guards import refuse_compiled, refuse_reentrant
 from memdlm.memory.inner_loop import InnerReport, Network, fit, no_autocast_cache
 from memdlm.memory.plan import InnerPlan, plan_prompts
 from memdlm.memory.prompts import Prompt, WrittenMemory, stack_memories, write_prompts

@@ -1,6 +1,15 @@
 """Trainers of the base framework."""
 
+from dllm.core.trainers.bd3lm import BD3LMConfig, BD3LMTrainer
 from dllm.core.trainers.mdlm import MDLMConfig, MDLMTrainer
 from dllm.core.trainers.meters import NLLMetric, OnEvaluateMetricsCallback, PPLMetric
 
-__all__ = ["MDLMConfig", "MDLMTrainer", "NLLMetric", "OnEvaluateMetricsCallback", "PPLMetric"]
+__all__ = [
+    "BD3LMConfig",
+    "BD3LMTrainer",
+    "MDLMConfig",
+    "MDLMTrainer",
+    "NLLMetric",
+    "OnEvaluateMetricsCallback",
+    "PPLMetric",
+]

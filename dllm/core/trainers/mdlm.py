@@ -12,8 +12,11 @@ import torch
 import transformers
 from torch.utils.data import Dataset, IterableDataset
 
+from dllm.core.editing import MASKED, EditSettings, replacement_ids
 from dllm.core.losses import NormType, WeightType, loss_weights, normalise, row_sums, token_nll
+from dllm.core.modes import evaluating
 from dllm.core.schedulers import BaseAlphaScheduler, get_alpha_scheduler_class, make_alpha_scheduler
+from dllm.core.trainers.editing import Editor
 from dllm.core.trainers.meters import (
     NLLMetric,
     OnEvaluateMetricsCallback,
@@ -30,8 +33,8 @@ from dllm.utils.tokens import token_id
 
 
 @dataclass
-class MDLMConfig(TrainingArguments):
-    """Settings of the masked-diffusion objective, on top of the training arguments."""
+class MDLMConfig(EditSettings, TrainingArguments):
+    """Settings of the masked-diffusion objective and of editing, on top of the training arguments."""
 
     time_epsilon: float = field(
         default=1e-3,
@@ -58,11 +61,21 @@ class MDLMConfig(TrainingArguments):
         if not 0 < self.time_epsilon < 1:
             raise InputError(f"time_epsilon must lie in (0, 1), got {self.time_epsilon}")
         get_alpha_scheduler_class(self.alpha_scheduler)
+        self.check_editing()
 
 
 class MDLMTrainer(transformers.Trainer):
     """Trains a masked-diffusion LM: mask with t ~ U(eps, 1), predict the masked tokens, weigh by w(t) (arXiv
     2502.09992, equation 3).
+
+    With `edit_ratio` above 0, training also asks for visible tokens that were replaced by wrong ones (`plan_edits`).
+    The loss of a batch is then
+
+        sum over rows b of Z_b * (sum over masked i of w(t_i) CE_i + edit_loss_weight * sum over replaced or kept i of
+        CE_i)
+
+    with the normaliser Z_b of the plain loss: it counts maskable positions, whatever was replaced. Evaluation takes
+    `eval_loss` without wrong tokens; with them what `Editor` measures (`eval_edit_loss`, `eval_repair_rate`, ...).
 
     Overrides
         compute_loss                             the objective, on the collator's masks, head on masked positions only
@@ -108,7 +121,7 @@ class MDLMTrainer(transformers.Trainer):
         self.lm = unwrap(model)
         self.spec = spec_of(self.lm)
         self.scheduler_alpha = scheduler or make_alpha_scheduler(args.alpha_scheduler)
-        pad = data_collator or PaddingCollator(token_id(processing_class, "pad_token"))
+        pad = data_collator or self.make_padding(args, processing_class)
         train_collator = self.make_collator(pad, args, processing_class, "train")
         self.eval_collator = self.make_collator(pad, args, processing_class, "eval")
         super().__init__(
@@ -125,6 +138,11 @@ class MDLMTrainer(transformers.Trainer):
         self.clock = StepClock()
         self.logged_seconds = 0.0  # spent on the steps of the last training log
         self.eval_metrics = OnEvaluateMetricsCallback(self, {"nll": NLLMetric(), "ppl": PPLMetric()})
+        self.editor: Editor | None = None
+        if args.edit_ratio:
+            replacements = replacement_ids(processing_class, self.lm.config.vocab_size)
+            self.editor = Editor(replacements, self.args.device)
+            self.eval_metrics.metrics.update(self.editor.eval_metrics())
         # Counted on the device and read when logging: reading it in every step would wait for the device.
         self._num_empty_batches = torch.zeros((), dtype=torch.int64, device=self.args.device)
         for callback in (self.clock, self.eval_metrics, _SetEpoch(train_collator)):
@@ -134,8 +152,13 @@ class MDLMTrainer(transformers.Trainer):
         """The collator of one stream ("train" or "eval"); a subclass that needs more in a batch returns its own."""
         return NoisingCollator(pad, **self._noising_settings(args, tokenizer, stream))
 
+    def make_padding(self, args: MDLMConfig, tokenizer) -> Callable[[list[Batch]], Batch]:
+        """What pads rows if no data collator is given."""
+        return PaddingCollator(token_id(tokenizer, "pad_token"))
+
     def _noising_settings(self, args: MDLMConfig, tokenizer, stream: str) -> dict[str, Any]:
         return {
+            **self._editing_settings(args, tokenizer, stream),
             "scheduler": self.scheduler_alpha,
             "mask_token_id": token_id(tokenizer, "mask_token"),
             "time_epsilon": args.time_epsilon,
@@ -144,34 +167,61 @@ class MDLMTrainer(transformers.Trainer):
             "logit_shift": self.spec.logit_shift,
         }
 
+    def _editing_settings(self, args: MDLMConfig, tokenizer, stream: str) -> dict[str, Any]:
+        if not args.edit_ratio:
+            return {}
+        keep = args.edit_keep_ratio
+        if stream == "eval" and not keep:  # measured there even where it is not trained on
+            keep = min(args.edit_ratio, 1 - args.edit_ratio)
+        return {
+            "editing": EditSettings(args.edit_ratio, args.edit_source, args.edit_loss_weight, keep),
+            "replacements": replacement_ids(tokenizer, self.lm.config.vocab_size),
+        }
+
+    def network_inputs(self, inputs: Batch) -> dict[str, Any]:
+        """What the model is called with to look at the state `noised_ids` of a batch."""
+        return {"input_ids": inputs["noised_ids"], "attention_mask": inputs.get("attention_mask")}
+
+    def network_positions(self, inputs: Batch, positions: torch.Tensor) -> torch.Tensor:
+        """Where the flat `positions` into [B * L] stand in the input that `network_inputs` makes, int64 [N]."""
+        return positions
+
+    def forward_positions(self, model, inputs: Batch, positions: torch.Tensor):
+        """The model's output on the state of a batch, with logits [N, V] that predict flat `positions` [N] only."""
+        wanted = self.network_positions(inputs, positions) - self.spec.logit_shift
+        return model(**self.network_inputs(inputs), logit_positions=wanted)
+
     def forward_loss_positions(self, model, inputs: Batch):
-        """The model's output on the noised input, with logits [N, V] of the masked positions only."""
-        return model(
-            input_ids=inputs["noised_ids"],
-            attention_mask=inputs.get("attention_mask"),
-            logit_positions=inputs["loss_positions"] - self.spec.logit_shift,
-        )
+        """The model's output on the noised input, with logits [N, V] of the loss positions only."""
+        return self.forward_positions(model, inputs, inputs["loss_positions"])
 
     def weighted_loss(self, logits: torch.Tensor, inputs: Batch, norm_type: NormType) -> torch.Tensor:
-        """The objective on `logits` [N, V] of the batch's masked positions: a scalar."""
-        positions = inputs["loss_positions"]
-        nll = token_nll(logits, inputs["input_ids"].reshape(-1)[positions])
-        weights = loss_weights(inputs["t"], self.scheduler_alpha, self.args.loss_weight_type)
-        return normalise(nll, positions, inputs["input_ids"].shape[1], weights, inputs["num_maskable"], norm_type)
+        """The objective on `logits` [N, V] of the batch's loss positions: a scalar."""
+        weights = loss_weights(inputs["loss_t"], self.scheduler_alpha, self.args.loss_weight_type)  # [N]
+        if "loss_kind" in inputs:
+            weights = torch.where(inputs["loss_kind"] == MASKED, weights, self.args.edit_loss_weight)
+        positions, ones = inputs["loss_positions"], torch.ones_like(inputs["t"])
+        nll = token_nll(logits, inputs["input_ids"].reshape(-1)[positions]) * weights
+        return normalise(nll, positions, inputs["input_ids"].shape[1], ones, inputs["num_maskable"], norm_type)
 
     def row_nll(self, logits: torch.Tensor, inputs: Batch) -> torch.Tensor:
         """Estimate of each row's negative log-likelihood in nats, float32 [B]: sum of w(t) * CE over its masks.
 
         Always with the schedule's weight, whatever `loss_weight_type` says: only so is it a bound on the likelihood.
         """
-        positions = inputs["loss_positions"]
-        nll = token_nll(logits, inputs["input_ids"].reshape(-1)[positions])
-        weights = loss_weights(inputs["t"], self.scheduler_alpha, "scheduler")
-        return row_sums(nll, positions, inputs["input_ids"].shape[1], weights)
+        weights = loss_weights(inputs["loss_t"], self.scheduler_alpha, "scheduler")  # [N]
+        positions, ones = inputs["loss_positions"], torch.ones_like(inputs["t"])
+        nll = token_nll(logits, inputs["input_ids"].reshape(-1)[positions]) * weights
+        return row_sums(nll, positions, inputs["input_ids"].shape[1], ones)
 
     def compute_loss(self, model, inputs: Batch, return_outputs: bool = False, num_items_in_batch=None):
-        """Masked-diffusion loss of a collated batch; with nothing maskable it is 0, and the log counts such batches."""
-        loss, outputs = self.loss_and_outputs(model, inputs)
+        """Training loss of a collated batch; with nothing maskable it is 0, and the log counts such batches."""
+        if self.editor is None:
+            loss, outputs = self.loss_and_outputs(model, inputs)
+        else:
+            inputs = self.with_edits(model, inputs)
+            loss, outputs = self.loss_and_outputs(model, inputs)
+            self.editor.add(outputs.logits, inputs)
         return (loss, outputs) if return_outputs else loss
 
     def loss_and_outputs(self, model, inputs: Batch):
@@ -181,6 +231,16 @@ class MDLMTrainer(transformers.Trainer):
         if outputs.aux_loss is not None:
             loss = loss + self.lm.config.router_aux_loss_coef * outputs.aux_loss
         return loss, outputs
+
+    def with_edits(self, model, inputs: Batch) -> Batch:
+        """The batch under the editing objective; wrong tokens that the model is to name are asked from `model`."""
+        assert self.editor is not None
+        edited = {**inputs, **inputs["edit"]}
+        if self.args.edit_source == "random":
+            return edited
+        with evaluating(self.lm), torch.no_grad():
+            logits = self.forward_positions(model, edited, edited["corrupted_positions"]).logits
+        return self.editor.fill(edited, logits)
 
     def training_step(self, model, inputs: Batch, num_items_in_batch=None) -> torch.Tensor:
         """As in Trainer; also counts batches with nothing maskable."""
@@ -193,11 +253,21 @@ class MDLMTrainer(transformers.Trainer):
         with torch.no_grad():
             loss, outputs = self.loss_and_outputs(model, inputs)
             nll = self.row_nll(outputs.logits, inputs)
+            if self.editor is not None:
+                self._evaluate_edits(model, inputs)
         # Gathered by row: where ranks get repeated rows to make the last batch even, those are cut off here.
         nll, count = self.gather_function((nll, inputs["num_maskable"]))
         for name in ("nll", "ppl"):
             self.eval_metrics.update(name, nll / count.clamp(min=1), count)
         return loss.detach(), None, None
+
+    def _evaluate_edits(self, model, inputs: Batch) -> None:
+        assert self.editor is not None
+        edited = self.with_edits(model, inputs)
+        logits = self.forward_positions(model, edited, edited["loss_positions"]).logits
+        for name, (total, count) in self.editor.row_sums(logits, edited).items():
+            total, count = self.gather_function((total, count))
+            self.eval_metrics.update(name, total / count.clamp(min=1), count)
 
     def evaluation_loop(self, *args, **kwargs):
         """As in Trainer, with metrics that start at zero, also after an evaluation that was broken off."""
@@ -232,14 +302,20 @@ class MDLMTrainer(transformers.Trainer):
         super().log(logs, start_time)
 
     def training_logs(self) -> dict[str, float]:
-        """Seconds per step since the last call, peak memory, and the number of empty batches if there are any."""
+        """Seconds per step since the last call, peak memory, the number of empty batches if there are any, and with
+        editing what `Editor.logs` says, over all ranks."""
         self.logged_seconds, steps = self.clock.read()
         logs = {"step_seconds": round(self.logged_seconds / steps, 4)} if steps else {}
         logs["peak_memory_mib"] = round(peak_memory_mib(self.args.device), 1)
         num_empty = int(self._num_empty_batches)
         if num_empty:
             logs["empty_batches"] = num_empty
+        if self.editor is not None:
+            logs.update(self.editor.logs(self._sum_over_ranks))
         return logs
+
+    def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(values, reduction="sum")  # pyright: ignore[reportReturnType]
 
 
 class _SetEpoch(transformers.TrainerCallback):
