@@ -4,6 +4,7 @@ import types
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dllm.core.noising import apply_mask, draw_noise, make_generator
 from dllm.core.samplers import MDLMSampler, MDLMSamplerConfig
@@ -136,6 +137,34 @@ def test_a_mask_token_in_the_prompt_is_never_asked_for() -> None:
     noise = draw_noise([make_generator(plan.row_seeds[0], "prompt")], len(prompt))[0]
     anchor = (noise < 0.5) & (torch.tensor(prompt) != MASK)
     assert torch.equal(plan.states[-1][0], apply_mask(torch.tensor(prompt), anchor, MASK))
+
+
+class _HostReads(TorchDispatchMode):
+    """Counts what makes the host wait for a device: values read back, and results whose size only the device knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function, kinds, arguments=(), options=None):
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.seen.append(str(function))
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_inner_loop_reads_nothing_back(make_model, batch_size: int) -> None:
+    # Dense: routed experts read the sizes of their chunks, as in any forward.
+    memory = _memory(make_model("llada"))
+    with memory.attached():
+        plan = memory.plan_prompts(_prompts()[:batch_size], MASK)
+        initial = memory.initial(plan)
+        with _HostReads() as reads:
+            report = memory.write(plan, initial)
+        assert reads.seen == [] and bool((report.change > 0).all())
+        with _HostReads() as reads:
+            float(report.change[0])
+        assert len(reads.seen) == 1  # it would have been seen
 
 
 # Failures
