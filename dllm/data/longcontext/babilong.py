@@ -9,12 +9,13 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import datasets
 
 from dllm.data.longcontext.babi import Question, load_babi
-from dllm.data.longcontext.background import Background, load_background
+from dllm.data.longcontext.background import Excerpt, load_background
 from dllm.data.longcontext.documents import Content, Sample, fit, make_row, sample_rng, smallest_length, too_short
 from dllm.data.longcontext.prompts import Prompt, TokenCounter, place
 from dllm.data.longcontext.settings import LongContextSettings, errors_of, read_metadata
@@ -153,8 +154,7 @@ def babilong_dataset(task_name: str, **metadata: Any) -> dict[str, datasets.Data
         qa = task_name.rpartition("_")[2]
         questions = _questions(qa, settings)
         labels = sorted({question.answer for question in questions})
-        background = None if settings.lengths == (_FACTS_ONLY,) else load_background(settings.data_dir)
-        maker = _Maker(task_name, TASKS[qa], settings, TokenCounter(tokenizer), questions, labels, background)
+        maker = _Maker(task_name, TASKS[qa], settings, TokenCounter(tokenizer), questions, labels)
         of_lengths = [maker.documents(length) for length in settings.lengths]
     # All lengths of an index together: lm-eval's --limit takes the first rows.
     return {"test": datasets.Dataset.from_list([row for rows in zip(*of_lengths, strict=True) for row in rows])}
@@ -185,7 +185,6 @@ class _Maker:
     counter: TokenCounter
     questions: Sequence[Question]
     labels: list[str]
-    background: Background | None
 
     def documents(self, length: int) -> list[dict[str, Any]]:
         """One document per index. Questions whose facts alone are too long are passed over, as in BABILong."""
@@ -197,33 +196,38 @@ class _Maker:
                 rows.append(make_row(self.name, len(rows), length, content, self.counter))
             if len(rows) == self.settings.num_samples:
                 return rows
-        sizes = sorted(
-            smallest_length([self.sample(number, question, length, 0)], ANSWER_TOKENS, self.counter)
-            for number, question in enumerate(self.questions)
-        )
-        enough = sizes[self.settings.num_samples - 1]
+        enough = self.smallest_length(length)
         if not rows:
             raise too_short(length, enough)
         raise InputError(
-            f"only {len(rows)} of {len(sizes)} questions fit into length {length}: give num_samples of at most "
-            f"{len(rows)}, or a length of at least {enough}"
+            f"only {len(rows)} of {len(self.questions)} questions fit into length {length}: give num_samples of at "
+            f"most {len(rows)}, or a length of at least {enough}"
         )
+
+    def smallest_length(self, length: int) -> int:
+        """The length into which as many questions fit as are asked for."""
+        samples = [self.sample(number, question, length, 0) for number, question in enumerate(self.questions)]
+        # What a chat template adds is the same for all, so that the plain prompts tell which are the shortest.
+        samples.sort(key=lambda sample: self.counter.plain(sample.build(0).prompt))
+        shortest = samples[: self.settings.num_samples]
+        return max(smallest_length([sample], ANSWER_TOKENS, self.counter) for sample in shortest)
 
     def sample(self, number: int, question: Question, length: int, index: int) -> Sample:
         """Question `number` as document `index`, with an open number of sentences around its facts."""
         rng = sample_rng(self.settings, self.name, number)
         start = rng.random()
         fractions = sorted(rng.random() for _ in question.facts)
-        lines: list[str] = []
-        around = iter(())
-        if self.background is not None and length != _FACTS_ONLY:
-            around = self.background.read(int(start * len(self.background.sentences)), _names(question))
+
+        @cache
+        def excerpt() -> Excerpt:
+            background = load_background(self.settings.data_dir)
+            return Excerpt(background, int(start * len(background.sentences)), _names(question))
 
         def build(amount: int) -> Content:
-            while len(lines) < amount:
-                lines.append(next(around))
             depth = self.settings.depth(index) if amount else None
-            text, depth = place(lines[:amount], question.facts, fractions, question.first_supporting, depth)
+            text, depth = place(
+                excerpt().first(amount) if amount else [], question.facts, fractions, question.first_supporting, depth
+            )
             columns = {
                 "input": text,
                 "question": question.text,

@@ -52,6 +52,20 @@ class Background:
                 raise InputError(f"every sentence of {self.source} holds one of {', '.join(words)}: give other texts")
 
 
+class Excerpt:
+    """The first sentences of a background from number `start` on; see Background.read."""
+
+    def __init__(self, background: Background, start: int, avoid: Iterable[str] = ()):
+        self._source = background.read(start, avoid)
+        self._read: list[str] = []
+
+    def first(self, amount: int) -> list[str]:
+        """The first `amount` sentences; the same ones at every call."""
+        while len(self._read) < amount:
+            self._read.append(next(self._source))
+        return self._read[:amount]
+
+
 def split_sentences(text: str) -> list[str]:
     """The sentences of a text that are fit for a background: whole, 4 to 40 words, no number of five or more digits."""
     found = []

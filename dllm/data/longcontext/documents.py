@@ -46,20 +46,21 @@ def fit(samples: Sequence[Sample], length: int, reserve: int, counter: TokenCoun
         reserve: tokens of the answer.
         counter: counts the prompt in its longest form (see TokenCounter.most).
     """
+    budget = length - reserve
     for sample in samples:
-        amount = largest_fitting(_cost_of(sample, counter), sample.least, sample.most, length - reserve)
+        amount = largest_fitting(_cost_of(sample, counter, budget), sample.least, sample.most, budget)
         if amount is not None:
             return sample.build(amount)
     return None
 
 
-def _cost_of(sample: Sample, counter: TokenCounter) -> Callable[[int], int]:
-    return lambda amount: counter.most(sample.build(amount).prompt)
+def _cost_of(sample: Sample, counter: TokenCounter, budget: int) -> Callable[[int], int]:
+    return lambda amount: counter.most(sample.build(amount).prompt, budget)
 
 
 def smallest_length(samples: Sequence[Sample], reserve: int, counter: TokenCounter) -> int:
     """Tokens of prompt and answer of the last, smallest form with the least content."""
-    return _cost_of(samples[-1], counter)(samples[-1].least) + reserve
+    return counter.most(samples[-1].build(samples[-1].least).prompt) + reserve
 
 
 def make_documents(

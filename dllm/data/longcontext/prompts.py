@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,12 +58,17 @@ class TokenCounter:
         """Tokens of the prompt without a chat template."""
         return self.count(prompt.plain())
 
-    def most(self, prompt: Prompt) -> int:
-        """Tokens of the prompt in its longest form: plain, or in the tokenizer's chat template if it has one."""
-        forms = [self.plain(prompt)]
-        if self.has_chats:
-            forms += [self.count(self._render(chat, prompt), special=False) for chat in prompt.chats()]
-        return max(forms)
+    def most(self, prompt: Prompt, budget: float = math.inf) -> int:
+        """Tokens of the prompt in its longest form: plain, or in the tokenizer's chat template if it has one.
+
+        A form longer than `budget` is answer enough: the others are not counted then.
+        """
+        longest = self.plain(prompt)
+        for chat in prompt.chats() if self.has_chats else []:
+            if longest > budget:
+                break
+            longest = max(longest, self.count(self._render(chat, prompt), special=False))
+        return longest
 
     def _render(self, chat: list[dict[str, str]], prompt: Prompt) -> str:
         rendered: Any = self.tokenizer.apply_chat_template(

@@ -17,7 +17,7 @@ from typing import Any
 
 import datasets
 
-from dllm.data.longcontext.background import Background, load_background
+from dllm.data.longcontext.background import Background, Excerpt, load_background
 from dllm.data.longcontext.documents import Content, Sample, make_documents, sample_rng
 from dllm.data.longcontext.prompts import Prompt, TokenCounter, place
 from dllm.data.longcontext.settings import LongContextSettings, errors_of, read_metadata
@@ -80,19 +80,6 @@ class _Scene:
         return load_background(self.settings.data_dir)
 
 
-class _Lines:
-    """The first n sentences of a text from a random place on."""
-
-    def __init__(self, background: Background, rng: random.Random):
-        self._source = background.read(rng.randrange(len(background.sentences)))
-        self._read: list[str] = []
-
-    def first(self, amount: int) -> list[str]:
-        while len(self._read) < amount:
-            self._read.append(next(self._source))
-        return self._read[:amount]
-
-
 def _content(
     text: str, prefix: str, outputs: list[str], depth: float | None = None, delimiter: str = " ", num_examples: int = 0
 ) -> Content:
@@ -121,10 +108,10 @@ def _niah(scene: _Scene, num_keys: int, num_values: int) -> Forms:
         others = [_needle(key, value) for key, value in zip(keys[1:], values[num_values:], strict=True)]
         fractions = sorted(rng.random() for _ in needles)
         other_fractions = sorted(rng.random() for _ in others)
-        lines = _Lines(scene.background, rng)
+        excerpt = Excerpt(scene.background, rng.randrange(len(scene.background.sentences)))
 
         def build(amount: int) -> Content:
-            sentences = lines.first(amount)
+            sentences = excerpt.first(amount)
             for fraction, other in reversed(list(zip(other_fractions, others, strict=True))):
                 sentences.insert(int(fraction * (amount + 1)), other)
             text, depth = place(sentences, needles, fractions, 0, scene.settings.depth(index))

@@ -7,8 +7,10 @@ Each question has exactly one answer, which follows from the facts alone:
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from dllm.data.longcontext.babi import Question
 
@@ -26,13 +28,21 @@ _GIVES = ("gave", "handed", "passed")
 _SIZES = {"qa1": (2, 10), "qa2": (4, 14), "qa3": (8, 24), "qa5": (4, 14)}
 
 
+class _Stop(NamedTuple):
+    """A place that a thing came to, and the facts by which one knows: who carries it, and two moves of that person."""
+
+    place: str
+    taken: int
+    moved: int
+    moved_before: int  # to where they came from; of a first place, `moved`
+
+
 @dataclass
 class _Thing:
-    """Where a thing is, and by which facts one knows."""
+    """Who has a thing, and where it has been, each place as it is reached."""
 
     holder: str | None = None
-    # (place, index of the fact that took or put it, index of the move that brought its person there), per new place
-    trail: list[tuple[str, int, int]] = field(default_factory=list)
+    trail: list[_Stop] = field(default_factory=list)
 
 
 @dataclass
@@ -57,10 +67,10 @@ class _World:
         person = person or self.rng.choice(self.people)
         place = place or self.rng.choice([p for p in PLACES if p != self.place_of.get(person)])
         now = self.tell(f"{person} {self.rng.choice(_MOVES)} the {place}.")
-        self.place_of[person], self.moved_at[person] = place, now
         for name, thing in self.things.items():
             if thing.holder == person:
-                thing.trail.append((place, self.taken_at[name], now))
+                thing.trail.append(_Stop(place, self.taken_at[name], now, self.moved_at[person]))
+        self.place_of[person], self.moved_at[person] = place, now
 
     def take(self) -> None:
         """Somebody takes a thing that lies where they are, or that was never heard of. Nothing, if there is none."""
@@ -70,7 +80,7 @@ class _World:
             for name, thing in self.things.items()
             if person in self.place_of
             and thing.holder is None
-            and (not thing.trail or thing.trail[-1][0] == self.place_of[person])
+            and (not thing.trail or thing.trail[-1].place == self.place_of[person])
         ]
         if not options:
             return
@@ -79,7 +89,8 @@ class _World:
         thing = self.things[name]
         thing.holder, self.taken_at[name] = person, now
         if not thing.trail:
-            thing.trail.append((self.place_of[person], now, self.moved_at[person]))
+            moved = self.moved_at[person]
+            thing.trail.append(_Stop(self.place_of[person], now, moved, moved))
 
     def put(self) -> None:
         """Somebody puts a thing down. Nothing, if nobody has any."""
@@ -137,7 +148,7 @@ def _two_facts(rng: random.Random) -> Question:
     name = rng.choice([name for name, thing in world.things.items() if thing.trail])
     thing = world.things[name]
     moved = world.put_by[name] if thing.holder is None else world.moved_at[thing.holder]
-    return Question(tuple(world.facts), f"Where is the {name}?", thing.trail[-1][0], (world.taken_at[name], moved))
+    return Question(tuple(world.facts), f"Where is the {name}?", thing.trail[-1].place, (world.taken_at[name], moved))
 
 
 def _three_facts(rng: random.Random) -> Question:
@@ -152,10 +163,10 @@ def _befores(world: _World) -> list[tuple[str, str, str, tuple[int, ...]]]:
     """(thing, place, place before, facts) for every place that a thing came to exactly once."""
     found = []
     for name, thing in world.things.items():
-        places = [place for place, _, _ in thing.trail]
-        for (before, _, moved_before), (place, taken, moved) in zip(thing.trail, thing.trail[1:], strict=False):
-            if places.count(place) == 1:
-                found.append((name, place, before, (moved, taken, moved_before)))
+        places = [stop.place for stop in thing.trail]
+        for before, stop in itertools.pairwise(thing.trail):
+            if places.count(stop.place) == 1:
+                found.append((name, stop.place, before.place, (stop.moved, stop.taken, stop.moved_before)))
     return found
 
 
