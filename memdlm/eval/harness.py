@@ -142,6 +142,8 @@ class MemoryHarness(BaseEvalHarness):
             **info,
             **{name: total[name] for name in names},
             "num_failed_adaptations": len(total["failed_adaptations"]),
+            "answered_without_memory": total["without_memory"],
+            "num_answered_without_memory": len(total["without_memory"]),
             "num_fast_weights": self.memory.fast.numel,
         }
 

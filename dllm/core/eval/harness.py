@@ -267,6 +267,8 @@ class BaseEvalHarness(ProcessLM):
                 self._totals.fresh_tokens += answer.num_tokens
                 self._keep(kind, job, answer, results)
                 bar.update()
+        if self._totals.without_memory:
+            say(self._totals.failures_line())
         return results
 
     def _keep(self, kind: Kind, job: Job, answer: Answer, results: list[Any]) -> None:
@@ -279,8 +281,8 @@ class BaseEvalHarness(ProcessLM):
         self._totals.num_tokens += answer.num_tokens
         self._totals.num_answers += 1
         if answer.without_memory is not None:
-            beginning = str(job.args[0])[:60]
-            self._totals.without_memory.append({"request": beginning, "reason": answer.without_memory})
+            listed = {"request": str(job.args[0])[:60], "reason": answer.without_memory}
+            self._totals.without_memory += [listed] * len(job.requests)
 
     @contextlib.contextmanager
     def _interruptible(self, kind: Kind, results: Sequence[Any]) -> Iterator[None]:

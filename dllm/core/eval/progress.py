@@ -96,3 +96,8 @@ class Totals:
     seconds: float = 0.0
     num_truncated: int = 0
     without_memory: list[dict[str, Any]] = field(default_factory=list)
+
+    def failures_line(self) -> str:
+        """How many requests were answered without the memory asked for, and why the first one was."""
+        reason = self.without_memory[0]["reason"]
+        return f"{len(self.without_memory)} request(s) answered without memory so far; the first: {reason}"
