@@ -2,6 +2,6 @@
 
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.parametric import ParametricMemory
-from memdlm.trainer import MemDLMConfig, MemDLMTrainer
+from memdlm.trainer import MemBD3LMConfig, MemBD3LMTrainer, MemDLMConfig, MemDLMTrainer
 
-__all__ = ["MemDLMConfig", "MemDLMTrainer", "MemoryConfig", "ParametricMemory"]
+__all__ = ["MemBD3LMConfig", "MemBD3LMTrainer", "MemDLMConfig", "MemDLMTrainer", "MemoryConfig", "ParametricMemory"]

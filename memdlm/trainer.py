@@ -1,4 +1,4 @@
-"""MemDLMTrainer: masked-diffusion training with Parametric Memory in place."""
+"""MemDLMTrainer and MemBD3LMTrainer: masked and block diffusion with Parametric Memory in place."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from accelerate.utils import DistributedType, DynamoBackend
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import IntervalStrategy
 
+from dllm.core.trainers.bd3lm import BD3LMConfig, BD3LMTrainer
 from dllm.core.trainers.mdlm import MDLMConfig, MDLMTrainer
 from dllm.core.trainers.meters import DeviceTimer, MeanMetric
 from dllm.data.collators import Batch, NoisingCollator
@@ -192,7 +193,8 @@ class MemDLMTrainer(MDLMTrainer):
 
         def observe(hidden: torch.Tensor, layer_inputs: LayerInputs) -> None:
             assert self.memory is not None
-            logits = self.memory.readout(hidden, layer_inputs, inputs["loss_positions"])
+            positions = self.network_positions(inputs, inputs["loss_positions"])
+            logits = self.memory.readout(hidden, layer_inputs, positions)
             self._observed[name].append(self.weighted_loss(logits, inputs, self.args.loss_norm_type))
 
         return observe
@@ -225,3 +227,31 @@ class MemDLMTrainer(MDLMTrainer):
         if self._gap.grows(values["loss_with_memory"], values["loss_without_memory"]):
             self._warn(GapWatch.MESSAGE)
         return values
+
+
+@dataclass
+class MemBD3LMConfig(MemDLMConfig, BD3LMConfig):
+    """`BD3LMConfig` plus the settings of `MemoryConfig`, each with the prefix `mem_`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mem_inner_target != "response":
+            raise InputError(
+                f"mem_inner_target={self.mem_inner_target} cannot be kept under block diffusion, whose clean half "
+                "carries the answers: use response, or --training_objective mdlm (MemDLMTrainer)"
+            )
+
+
+class MemBD3LMTrainer(MemDLMTrainer, BD3LMTrainer):
+    """`BD3LMTrainer` with the memory of `MemDLMTrainer`: the states of the inner loop, too, are [state ; x_0] under the
+    mask of block diffusion.
+
+    With `mem_enabled` false it is `BD3LMTrainer`, bit for bit.
+
+    Raises:
+        InputError: those of the two.
+    """
+
+    MemDLMConfig = MemBD3LMConfig
+
+    args: MemBD3LMConfig  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dllm.core.attention import has_two_halves
 from dllm.core.noising import derive_seed
 from dllm.data.collators import Batch, NoisingCollator
 from dllm.utils.parsing import InputError
@@ -17,7 +18,8 @@ from memdlm.memory.plan import PLANS, InnerPlan, Rows
 class MemoryCollator(NoisingCollator):
     """A `NoisingCollator` whose batch also holds `memory_plan`: an `InnerPlan` as nested dicts.
 
-    The outer draws are those of `NoisingCollator` to the bit; the plan draws from generators of its own.
+    The outer draws are those of `NoisingCollator` to the bit; the plan draws from generators of its own. Under block
+    diffusion the states have the clean half behind them. Wrong tokens of the editing objective stand in none of them.
 
     Args:
         pad: see `NoisingCollator`.
@@ -39,13 +41,17 @@ class MemoryCollator(NoisingCollator):
 
     def __call__(self, rows: Sequence[Batch]) -> Batch:
         batch = super().__call__(rows)
-        example_id = batch["example_id"]
+        example_id, input_ids = batch["example_id"], batch["input_ids"]
+        is_corrupted = torch.zeros_like(batch["is_masked"])
+        if "edit" in batch:
+            is_corrupted.view(-1)[batch["edit"]["corrupted_positions"]] = True
         plan = PLANS[self.config.inner_target](
             Rows(
-                input_ids=batch["input_ids"],
+                input_ids=input_ids,
                 maskable=batch["maskable"],
                 is_masked=batch["is_masked"],
                 noised_ids=batch["noised_ids"],
+                is_corrupted=is_corrupted,
                 t=batch["t"],
                 is_padding=self._find_padding(rows, batch),
                 attention_mask=batch.get("attention_mask"),
@@ -56,6 +62,8 @@ class MemoryCollator(NoisingCollator):
             ),
             self.config,
         )
+        if self.block_size is not None and has_two_halves(input_ids.shape[1], self.block_size):
+            plan = plan.with_clean_half(input_ids, self.block_size)
         return {**batch, "memory_plan": plan.as_batch()}
 
     def _find_padding(self, rows: Sequence[Batch], padded: Batch) -> torch.Tensor:

@@ -275,14 +275,17 @@ class ParametricMemory:
                 (hidden[plan.anchor],) = self._prefix([plan.states[plan.anchor]], plan)
             if plan.apart or not share_anchor:
                 # The embedding alone: the layer inputs of one state.
-                embedded = self.backbone(plan.states[0], plan.attention_mask, stop_at=0)
+                embedded = self.backbone(**self._network_inputs(plan.states[:1], plan), stop_at=0)
                 layer_inputs = embedded.layer_inputs
         return Prefixes(hidden, layer_inputs)
 
     def _prefix(self, states: Sequence[torch.Tensor], plan: InnerPlan) -> Sequence[torch.Tensor]:
         """Hidden state [B, L, D] before layer `start` of each state, in one pass."""
-        mask = None if plan.attention_mask is None else torch.cat([plan.attention_mask] * len(states))
-        return self.backbone(torch.cat(list(states)), mask, stop_at=self.start).hidden.split(plan.num_rows)
+        hidden = self.backbone(**self._network_inputs(states, plan), stop_at=self.start).hidden
+        return hidden.split(plan.num_rows)
+
+    def _network_inputs(self, states: Sequence[torch.Tensor], plan: InnerPlan) -> dict[str, Any]:
+        return plan.network_inputs(states, self.lm.config._attn_implementation)
 
     @contextlib.contextmanager
     def writing(

@@ -1,7 +1,8 @@
 """What the inner loop is to do with a batch: the states, their masks and loss positions, made before the forward.
 
 A plan is made on the CPU (by the collator, or by `plan_prompts` outside training), so that no step waits for the device
-to count. Shapes: B rows, L positions of the states, N loss positions of a step.
+to count. Shapes: B rows, L positions of the states (under block diffusion both halves together), N loss positions of a
+step.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from dllm.core.attention import in_two_halves, two_halves_inputs
 from dllm.core.noising import apply_mask, derive_seed, draw_noise, flat_positions, make_generator
 from dllm.utils.parsing import InputError
 from memdlm.memory.config import MemoryConfig
@@ -38,9 +40,12 @@ class InnerPlan:
     states: Sequence[torch.Tensor]  # token ids of each distinct input, int64 [B, L]
     steps: Sequence[InnerStep]
     anchor: int | None  # index of the state that is the outer one, if any is
-    attention_mask: torch.Tensor | None  # [B, L], holds for every state
+    attention_mask: torch.Tensor | None  # padding that holds for every state, [B, L], or of one half, [B, L / 2]
     apart: bool  # rows of their own (the prompt alone): the states have neither length nor mask of the outer state
     row_seeds: Sequence[int]  # seeds of the rows' initial fast weights, used by scope row
+    block_size: int | None = (
+        None  # the states are [state ; clean tokens] in blocks of so many; None: without clean half
+    )
 
     @property
     def num_rows(self) -> int:
@@ -61,6 +66,32 @@ class InnerPlan:
         """The plan that `as_batch` took apart, wherever its tensors have been moved."""
         return cls(**{**values, "steps": [InnerStep(**step) for step in values["steps"]]})
 
+    def network_inputs(self, states: Sequence[torch.Tensor], implementation: str | None) -> dict[str, Any]:
+        """What a backbone is called with to look at `states`, one below the other.
+
+        Args:
+            states: some of the plan's, [B, L] each.
+            implementation: attention implementation of the model.
+        """
+        ids = torch.cat(list(states))
+        mask = None if self.attention_mask is None else torch.cat([self.attention_mask] * len(states))
+        if self.block_size is None:
+            return {"input_ids": ids, "attention_mask": mask}
+        half = self.length // 2
+        return {"input_ids": ids, **two_halves_inputs(implementation, half, self.block_size, mask, ids.device)}
+
+    def with_clean_half(self, input_ids: torch.Tensor, block_size: int) -> InnerPlan:
+        """The same plan for block diffusion: each state with the clean tokens behind it.
+
+        Args:
+            input_ids: true tokens, int64 [B, L] as the states now are.
+            block_size: positions of a block.
+        """
+        length = self.length
+        steps = [replace(step, loss_positions=in_two_halves(step.loss_positions, length)) for step in self.steps]
+        states = [torch.cat([state, input_ids], dim=1) for state in self.states]
+        return replace(self, states=states, steps=steps, block_size=block_size)
+
     def to(self, device: torch.device | str) -> InnerPlan:
         """The plan with its tensors on `device`."""
         return InnerPlan.from_batch(_move(self.as_batch(), device))
@@ -74,6 +105,7 @@ class Rows:
     maskable: torch.Tensor  # [B, L] bool, what the outer loss may ask for
     is_masked: torch.Tensor  # [B, L] bool, the outer mask M
     noised_ids: torch.Tensor  # [B, L] int64, the outer state
+    is_corrupted: torch.Tensor  # [B, L] bool, where the outer state will hold wrong tokens (`noised_ids` need not yet)
     t: torch.Tensor  # [B] float32, the outer time
     is_padding: torch.Tensor  # [B, L] bool
     attention_mask: torch.Tensor | None  # [B, L]
@@ -96,19 +128,20 @@ def plan_response(rows: Rows, config: MemoryConfig) -> InnerPlan:
 def plan_disjoint(rows: Rows, config: MemoryConfig) -> InnerPlan:
     """Labels that the outer loss does not ask for; tokens under the outer mask M are in no input and in no loss.
 
-    A teacher's clean input is the outer state.
+    A teacher's clean input is the outer state. Under the editing objective M includes what was replaced by wrong
+    tokens, which the outer loss asks for too.
     """
-    maskable = rows.maskable
+    maskable, asked_for = rows.maskable, rows.is_masked | rows.is_corrupted
     if config.pad_unmask_mode != "none":
         # Padding under M stays masked all the same: showing it would tell where the answer ends.
-        maskable = maskable & (~rows.is_padding | rows.is_masked)
+        maskable = maskable & (~rows.is_padding | asked_for)
     length = rows.input_ids.shape[1]
     # Generators of their own for each state: the draws of the second must not depend on how far the row was padded.
     purposes = [f"trajectory {step}" for step in range(config.num_inner_steps)]
     noise = torch.stack([draw_noise(rows.generators(purpose), length) for purpose in purposes])  # [K, B, L]
-    states = disjoint(maskable, rows.is_masked, rows.t, noise, config)
+    states = disjoint(maskable, asked_for, rows.t, noise, config)
     asked = [loss_mask(state, "newly_revealed") for state in states]
-    return _plan(rows, states, asked, config, hidden=rows.is_masked)
+    return _plan(rows, states, asked, config, hidden=asked_for)
 
 
 def plan_prompt(rows: Rows, config: MemoryConfig) -> InnerPlan:
@@ -150,6 +183,7 @@ def plan_prompts(
         maskable=nothing,
         is_masked=nothing,
         noised_ids=ids,
+        is_corrupted=nothing,
         t=torch.zeros(len(prompts)),
         is_padding=~is_prompt,
         attention_mask=None,
@@ -227,7 +261,9 @@ def _plan(
         student = index_of(state.is_masked)
         teacher = index_of(following) if uses_teacher else None
         steps.append(InnerStep(student, teacher, positions, rows.input_ids.reshape(-1)[positions], state.t))
-    outer = [i for i, ids in enumerate(inputs) if not apart and torch.equal(ids, rows.noised_ids)]
+    # States show true tokens, so one that looks like an outer state with wrong tokens is another state all the same.
+    has_outer = not apart and not bool(rows.is_corrupted.any())
+    outer = [i for i, ids in enumerate(inputs) if has_outer and torch.equal(ids, rows.noised_ids)]
     return InnerPlan(
         states=inputs,
         steps=steps,

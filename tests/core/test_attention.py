@@ -5,7 +5,13 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import DynamicCache
 
-from dllm.core.attention import block_causal_mask, prepare_mask
+from dllm.core.attention import (
+    block_causal_mask,
+    prepare_mask,
+    two_halves_block_mask,
+    two_halves_inputs,
+    two_halves_mask,
+)
 from dllm.models import LLaDAMoEConfig, LLaDAMoEModelLM
 
 B, L = 3, 7
@@ -131,6 +137,61 @@ def test_block_causal_mask():
     assert torch.equal(block_causal_mask(5, 1)[0, 0], torch.ones(5, 5).tril().bool())
     with pytest.raises(ValueError, match="block_size"):
         block_causal_mask(5, 0)
+
+
+def naive_two_halves(length: int, size: int) -> list[list[bool]]:
+    """By the words: a noised position sees its noised block and the clean blocks before it, a clean one those up to its
+    own."""
+    rows = []
+    for query in range(2 * length):
+        row = []
+        for key in range(2 * length):
+            own, other = query % length // size, key % length // size
+            if query < length:
+                row.append(own == other if key < length else other < own)
+            else:
+                row.append(key >= length and other <= own)
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize(("length", "size"), [(7, 3), (6, 2), (5, 5), (4, 9), (3, 1)])
+def test_two_halves_mask(length, size):
+    mask = two_halves_mask(length, size)
+    assert mask.shape == (1, 1, 2 * length, 2 * length) and mask[0, 0].tolist() == naive_two_halves(length, size)
+
+
+def test_two_halves_mask_with_padding(padding):
+    mask = two_halves_mask(L, 3, padding)
+    assert mask.shape == (B, 1, 2 * L, 2 * L)
+    for row in range(B):
+        for key in range(2 * L):
+            expected = two_halves_mask(L, 3)[0, 0, :, key] & bool(padding[row, key % L])
+            assert torch.equal(mask[row, 0, :, key], expected)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_two_halves_mask_for_flex(padding, padded):
+    chosen = padding if padded else None
+    block = two_halves_block_mask(L, 3, chosen)
+    rows, places = torch.arange(B), torch.arange(2 * L)
+    seen = block.mask_mod(rows[:, None, None, None], torch.tensor(0), places[:, None], places[None])
+    assert torch.equal(seen.expand(B, 1, 2 * L, 2 * L), two_halves_mask(L, 3, chosen).expand(B, 1, 2 * L, 2 * L))
+    assert isinstance(two_halves_inputs("flex_attention", L, 3, chosen, padding.device)["attention_mask"], BlockMask)
+
+
+def test_both_halves_have_the_same_positions():
+    layout = two_halves_inputs("sdpa", 4, 2, None, torch.device("cpu"))
+    assert layout["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3]]
+    assert torch.equal(layout["attention_mask"], two_halves_mask(4, 2))
+
+
+def test_two_halves_refusals(padding):
+    for make in (two_halves_mask, two_halves_block_mask):
+        with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
+            make(L, 0)
+        with pytest.raises(ValueError, match=r"padding has shape \[3, 7\], expected \[B, 6\]"):
+            make(6, 2, padding)
 
 
 @torch.no_grad()
