@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+from dllm.models.tiny import make_tiny_checkpoint
 from memdlm import MemoryConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -197,3 +198,37 @@ def test_help_lists_the_flags_and_the_defaults(tmp_path, script: str) -> None:
     assert done.returncode == 0 and done.stderr == ""
     assert all(f"--{name} " in done.stdout for name in FLAGS)
     assert ("mem_inner_rank" in done.stdout) == script.startswith("mem/")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    return str(make_tiny_checkpoint(tmp_path_factory.mktemp("scripts") / "tiny", "llada_moe", num_hidden_layers=2))
+
+
+@pytest.mark.parametrize(
+    "script", [name if name == "mem/eval_ruler.sh" else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
+)
+def test_a_script_runs_to_the_table(checkpoint, tmp_path, script: str) -> None:
+    flags = (
+        "--model_name_or_path",
+        checkpoint,
+        "--num_gpu",
+        "0",
+        "--limit",
+        "2",
+        "--max_new_tokens",
+        "8",
+        "--steps",
+        "2",
+    )
+    flags += ("--block_size", "4", "--max_length", "1024", "--output_path", str(tmp_path / "out"))
+    task, metadata = "memdlm_ruler_niah_single", '{"lengths": 512, "num_samples": 3}'
+    done = _run(script, *flags, "--tasks", task, "--metadata", metadata, cwd=tmp_path, HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(rf"\|{task}\s*\|.*\|acc ", done.stdout) and "|acc@512|" in done.stdout
+    (file,) = (tmp_path / "out").glob("*/results_*.json")
+    config = json.loads(file.read_text())["config"]
+    # 8 tokens in 2 steps, one per block
+    assert (config["num_requests"], config["mean_nfe"], config["model_device"]) == (2, 2, "cpu")
+    assert config.get("num_memories_written") == (2 if script.startswith("mem/") else None)
+    assert len((tmp_path / "out" / "answers" / "answers-0.jsonl").read_text().splitlines()) == 2
