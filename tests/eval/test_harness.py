@@ -3,6 +3,8 @@ compared: in float32 products of other sizes round in another way."""
 
 import dataclasses
 import json
+import pathlib
+import re
 
 import pytest
 import torch
@@ -470,3 +472,9 @@ def test_without_cuda_one_line_says_that_the_cpu_is_used(checkpoint, capsys):
 def test_flags_among_the_model_arguments_are_refused(checkpoint):
     with pytest.raises(InputError, match="device is no model argument but a flag"):
         MDLMEvalHarness.create_from_arg_obj({"pretrained": checkpoint, "device": "cpu"}, {"device": "cpu"})
+
+
+def test_the_docs_name_every_argument():
+    page = pathlib.Path(__file__).resolve().parents[2] / "docs" / "evaluation.md"
+    words = set(re.findall(r"`(\w+)`", page.read_text()))
+    assert {field.name for field in dataclasses.fields(MDLMEvalConfig)} <= words

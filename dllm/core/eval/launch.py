@@ -58,9 +58,9 @@ def launch(model: str, arguments: Sequence[str] | None = None) -> int:
         return _stop(one_line(error), 2)
     except Exception as error:
         line = _explained(error, words)
-        if line is None:
-            raise
-        return _stop(line, 2)
+        if line is not None:
+            return _stop(line, 2)
+        raise
     leave_processes()
     return 0
 
