@@ -32,13 +32,17 @@ def _argument_fields() -> list[tuple[str, Any, Any]]:
 
 
 # `mem_*`: one field per setting of MemoryConfig, so that an argument is declared once.
-_MemoryArguments = make_dataclass("_MemoryArguments", _argument_fields(), kw_only=True)
-_MemoryArguments.__module__ = __name__
+_MemoryFields = make_dataclass("_MemoryFields", _argument_fields(), kw_only=True)
+_MemoryFields.__module__ = __name__
 
 
-@dataclass
-class MemoryEvalConfig(_MemoryArguments, MDLMEvalConfig):  # pyright: ignore[reportGeneralTypeIssues, reportUntypedBaseClass]
-    """`MDLMEvalConfig` plus the settings of `MemoryConfig`, each with the prefix `mem_`; memory is off by default."""
+class MemoryArguments(_MemoryFields):  # pyright: ignore[reportGeneralTypeIssues, reportUntypedBaseClass]
+    """The settings of `MemoryConfig`, each with the prefix `mem_`, memory off by default; to be put before the model
+    arguments of a harness: `@dataclass class Config(MemoryArguments, MDLMEvalConfig)`.
+
+    Raises:
+        InputError: a value out of range, or one that has no effect.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,18 +67,23 @@ class MemoryEvalConfig(_MemoryArguments, MDLMEvalConfig):  # pyright: ignore[rep
         return config if config.enabled else None
 
 
+@dataclass
+class MemoryEvalConfig(MemoryArguments, MDLMEvalConfig):  # pyright: ignore[reportGeneralTypeIssues]
+    """`MDLMEvalConfig` with memory."""
+
+
 class MemoryHarness(BaseEvalHarness):
     """A harness that writes a memory from each prompt, once per distinct one, and answers with it in place.
 
-    To be put before another harness: `class Adapter(MemoryHarness, MDLMEvalHarness)`. A prompt that no memory can be
-    written from is answered without, counted and listed. With `mem_enabled` false nothing is changed.
+    To be put before another harness: `class Adapter(MemoryHarness, MDLMEvalHarness)`, with a `config_class` that has
+    `MemoryArguments`. A prompt that no memory can be written from is answered without, counted and listed. With
+    `mem_enabled` false nothing is changed.
 
     Raises:
         InputError: as `BaseEvalHarness` and `ParametricMemory`; scope batch with batches of more than one row.
     """
 
-    config_class = MemoryEvalConfig
-    config: MemoryEvalConfig
+    config: Any  # an object of `config_class`
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -150,3 +159,5 @@ class MemoryHarness(BaseEvalHarness):
 
 class MemoryMDLMHarness(MemoryHarness, MDLMEvalHarness):
     """`MDLMEvalHarness` with memory."""
+
+    config_class = MemoryEvalConfig

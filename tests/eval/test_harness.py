@@ -450,6 +450,17 @@ def test_batch_sizes_are_given_not_searched(make_harness, arguments):
         make_harness(**arguments)
 
 
+def test_settings_that_exclude_each_other_are_told_before_anything_is_asked(make_harness):
+    with pytest.raises(InputError, match="threshold compares probabilities"):
+        make_harness(threshold=0.9, remasking="random")
+
+
+def test_families_that_decode_block_by_block_are_refused(tmp_path):
+    folder = make_tiny_checkpoint(tmp_path / "m", "llada2_moe")
+    with pytest.raises(InputError, match="block_causal: this harness decodes families with bidirectional attention"):
+        MDLMEvalHarness(pretrained=str(folder), device="cpu")
+
+
 def test_settings_for_loading_have_no_effect_on_a_loaded_model(make_harness):
     with pytest.raises(InputError, match="dtype, answers_dir has no effect on a model that is loaded already"):
         make_harness(dtype="bfloat16", answers_dir="x")

@@ -55,7 +55,7 @@ def launch(model: str, arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         return _stop(" ".join(str(error).split()) or "interrupted", 130)
     except InputError as error:
-        return _stop(one_line(error), 2)
+        return _stop(one_line(error), 2, everywhere=True)
     except Exception as error:
         line = _explained(error, words)
         if line is not None:
@@ -93,9 +93,9 @@ def _keys_of_file(words: Sequence[str]) -> set[str]:
     return keys
 
 
-def _stop(line: str, status: int) -> int:
-    # What is wrong with the words of the command line is wrong on every process: the main one speaks for all.
-    if is_main_process():
+def _stop(line: str, status: int, everywhere: bool = False) -> int:
+    # A wrong task is wrong on every process, and the main one speaks for all. A prompt may be too long on one only.
+    if everywhere or is_main_process():
         print(line, file=sys.stderr)
     return status
 

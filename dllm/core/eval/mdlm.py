@@ -41,6 +41,7 @@ class MDLMEvalHarness(BaseEvalHarness):
                 f"{self.sampler.spec.name} attends {self.sampler.spec.attention}: this harness decodes families with "
                 "bidirectional attention"
             )
+        self.sampler_config({})  # pairs of settings that exclude each other are told before anything is asked
 
     def sampler_config(self, given: Mapping[str, Any]) -> MDLMSamplerConfig:
         """Model arguments before the request before the preset before the defaults.

@@ -67,10 +67,11 @@ class Cost:
         known = f" ({self.num_known} answered before)" if self.num_known else ""
         cut = f", {self.num_truncated} prompts cut on the left" if self.num_truncated else ""
         where = f" on each of {num_processes} processes, about" if num_processes > 1 else ""
+        memories = f"; {self.num_written} memories to write, {self.share_of_adaptation:.0%} of the work"
         return (
             f"{kind}{where}: {self.num_requests} requests{known}, {self.num_prompt_tokens:,} prompt tokens{cut}, "
-            f"{self.num_answer_tokens:,} answer tokens, at most {self.num_forwards:,} forwards of one row; "
-            f"{self.num_written} memories to write, {self.share_of_adaptation:.0%} of the work"
+            f"{self.num_answer_tokens:,} answer tokens, at most {self.num_forwards:,} forwards of one row"
+            f"{memories if self.num_written else ''}"
         )
 
 
