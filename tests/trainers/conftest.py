@@ -33,6 +33,26 @@ def load(checkpoint):
 
 
 @pytest.fixture(scope="session")
+def llada2_checkpoint(tmp_path_factory):
+    """Folder of a tiny LLaDA2 with three layers."""
+    folder = tmp_path_factory.mktemp("tiny") / "llada2_moe"
+    return make_tiny_checkpoint(folder, "llada2_moe", hidden_size=32, num_hidden_layers=3, num_experts=4, n_group=2)
+
+
+@pytest.fixture(scope="session")
+def llada2_tokenizer(llada2_checkpoint):
+    return AutoTokenizer.from_pretrained(llada2_checkpoint)
+
+
+@pytest.fixture
+def load_llada2(llada2_checkpoint):
+    """A function that loads the LLaDA2 checkpoint anew, in float32."""
+    config, spec = load_config(llada2_checkpoint)
+    assert spec is not None
+    return lambda: spec.model_class.from_pretrained(llada2_checkpoint, config=config, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
 def rows():
     """Twelve rows of equal length: eight prompt tokens, twelve answer tokens."""
     generator = torch.Generator().manual_seed(5)
