@@ -24,7 +24,7 @@ def _collator(pad=None, **settings) -> NoisingCollator:
 
 
 def _edited(rows, pad=None, **settings) -> tuple[dict, dict]:
-    editing = EditSettings(**{"edit_ratio": 0.3, **settings})
+    editing = EditSettings(**{"edit_ratio": 0.3, "edit_keep_ratio": 0.0, **settings})
     batch = _collator(pad, editing=editing, replacements=ALLOWED)(rows)
     return batch, {**batch, **batch["edit"]}
 

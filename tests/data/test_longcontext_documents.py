@@ -289,7 +289,7 @@ def test_documents_depend_on_their_settings_alone(folders, task):
     more = _made(task, folders["words"], "2k", 5)
     assert more[:3] == [doc for doc in first if doc["length"] == 2048]
     assert len({doc["input"] for doc in more}) == 5
-    other = _made(task, folders["words"], "2k", 3, seed=43)
+    other = _made(task, folders["words"], "2k", 3, data_seed=43)
     assert not {doc["input"] for doc in other} & {doc["input"] for doc in more}
 
 

@@ -40,7 +40,7 @@ def test_what_is_no_length_is_refused(value):
         ({"num_samples": 0}, "num_samples=0: must be at least 1"),
         ({"num_samples": 1.0}, "num_samples=1.0: must be a whole number"),
         ({"num_samples": True}, "num_samples=True"),
-        ({"seed": "7"}, "seed='7': must be a whole number"),
+        ({"data_seed": "7"}, "data_seed='7': must be a whole number"),
         ({"data_dir": 3}, "data_dir=3: must be a path"),
         ({"tokenizer": ""}, "tokenizer='': must be a path"),
         ({"depths": 0.5}, "depths=0.5: must be a list"),
@@ -60,7 +60,7 @@ def test_every_setting_arrives(tiny_folder):
     given = {
         "lengths": "2k",
         "num_samples": 3,
-        "seed": 7,
+        "data_seed": 7,
         "tokenizer": str(tiny_folder),
         "data_dir": "somewhere",
         "depths": [0.5],
@@ -76,12 +76,12 @@ def test_arguments_of_the_model_are_let_through_and_other_keys_refused(tiny_fold
     model = {"pretrained": str(tiny_folder), "steps": 4, "block_size": 8, "mc_num": 2, "mem_num_inner_steps": 3}
     model |= {"load_in_4bit": False, "version": 1.0, "config_source": "x.yaml", "seed": 5}
     settings, tokenizer = read_metadata(model)
-    assert settings == LongContextSettings(seed=5)
+    assert settings == LongContextSettings()  # the model's own seed changes no document
     assert tokenizer.mask_token is not None
     for task, make in (("memdlm_ruler_vt", ruler_dataset), ("memdlm_babilong_qa1", babilong_dataset)):
         with pytest.raises(InputError) as caught:
             make(task, **model, lenghts="1k", max_seq_lengths=[4096])
-        known = "known: lengths, num_samples, seed, tokenizer, data_dir, depths"
+        known = "known: lengths, num_samples, data_seed, tokenizer, data_dir, depths"
         assert str(caught.value).startswith(f"{task}: unknown metadata lenghts, max_seq_lengths; {known}")
 
 

@@ -86,6 +86,8 @@ def main(where: str, modules: list[str]) -> None:
     # In the order that real code uses; each may set environment variables of its own when first imported.
     for name in ("torch", "transformers", "peft", "accelerate", "datasets", "torchmetrics", "matplotlib", "rich"):
         importlib.import_module(name)
+    if importlib.util.find_spec("lm_eval") is not None:
+        importlib.import_module("lm_eval")
     watched = {dotted: resolve(dotted) for dotted in WATCHED}
     before = {dotted: dict(vars(thing)) for dotted, thing in watched.items()}
     settings_before = settings()

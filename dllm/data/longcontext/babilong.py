@@ -164,14 +164,14 @@ def _questions(qa: str, settings: LongContextSettings) -> Sequence[Question]:
     """All questions of the task in the order in which they are asked, which the seed decides."""
     if settings.data_dir is None:
         count = max(NUM_MADE_UP, settings.num_samples)
-        return [make_question(qa, random.Random(f"{settings.seed}|{qa}|{index}")) for index in range(count)]
+        return [make_question(qa, random.Random(f"{settings.data_seed}|{qa}|{index}")) for index in range(count)]
     found = list(load_babi(settings.data_dir, qa))
     if len(found) < settings.num_samples:
         raise InputError(
             f"{settings.data_dir} has {len(found)} questions: give num_samples of at most that many, "
             f"not {settings.num_samples}"
         )
-    random.Random(f"{settings.seed}|{qa}").shuffle(found)
+    random.Random(f"{settings.data_seed}|{qa}").shuffle(found)
     return found
 
 

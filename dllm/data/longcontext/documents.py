@@ -34,7 +34,7 @@ class Sample:
 
 def sample_rng(settings: LongContextSettings, task: str, index: int) -> random.Random:
     """The draws of one sample: of (seed, task, index), so that a sample is alike at every length and in every run."""
-    return random.Random(f"{settings.seed}|{task}|{index}")
+    return random.Random(f"{settings.data_seed}|{task}|{index}")
 
 
 def fit(samples: Sequence[Sample], length: int, reserve: int, counter: TokenCounter) -> Content | None:

@@ -39,7 +39,8 @@ class LongContextSettings:
         metadata={"help": f"Tokens of prompt and answer in all: {_FORM}; 1k is 1,024, 0k the facts alone."},
     )
     num_samples: int = field(default=100, metadata={"help": "Documents per length, at least 1."})
-    seed: int = field(default=42, metadata={"help": "Of the content; any whole number."})
+    # Not `seed`: that is an argument of the model, which comes along and must not change the documents.
+    data_seed: int = field(default=42, metadata={"help": "Of the content; any whole number."})
     tokenizer: str | None = field(
         default=None, metadata={"help": "Tokenizer folder or Hub name that counts the tokens; None: the model's."}
     )
@@ -52,7 +53,7 @@ class LongContextSettings:
     )
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "seed"):
+        for name in ("num_samples", "data_seed"):
             value = self.__dict__[name]
             if isinstance(value, bool) or not isinstance(value, int):
                 raise InputError(f"{name}={value!r}: must be a whole number")
