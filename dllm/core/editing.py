@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dllm.core.noising import draw_noise, flat_positions
 from dllm.utils.parsing import InputError
+from dllm.utils.tokens import token_id
 
 EditSource = Literal["random", "model"]
 MASKED, CORRUPTED, KEPT = 0, 1, 2  # kinds of loss positions
@@ -46,13 +47,18 @@ class EditSettings:
         default=1.0,
         metadata={"help": "Weight of a replaced or kept position in the loss, above 0; masked ones weigh w(t)."},
     )
-    edit_keep_ratio: float = field(
-        default=0.0,
+    edit_keep_ratio: float | None = field(
+        default=None,
         metadata={
             "help": "Share of the visible response tokens that stay right and are in the loss all the same, in [0, 1): "
-            "the model learns to leave what is right. 0: none."
+            "without any the model learns that whatever it sees is wrong. None: as many as are replaced. 0: none."
         },
     )
+
+    @property
+    def keep_share(self) -> float:
+        """The share that `edit_keep_ratio` stands for."""
+        return min(self.edit_ratio, 1 - self.edit_ratio) if self.edit_keep_ratio is None else self.edit_keep_ratio
 
     def check_editing(self) -> None:
         """Nothing, if the settings are good.
@@ -62,14 +68,14 @@ class EditSettings:
         """
         rules = (
             ("edit_ratio", 0 <= self.edit_ratio < 1, "in [0, 1)"),
-            ("edit_keep_ratio", 0 <= self.edit_keep_ratio < 1, "in [0, 1)"),
+            ("edit_keep_ratio", 0 <= self.keep_share < 1, "in [0, 1)"),
             ("edit_loss_weight", 0 < self.edit_loss_weight < float("inf"), "above 0 and finite"),
             ("edit_source", self.edit_source in get_args(EditSource), f"one of {', '.join(get_args(EditSource))}"),
         )
         for name, holds, wanted in rules:
             if not holds:
                 raise InputError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
-        if self.edit_ratio + self.edit_keep_ratio > 1:
+        if self.edit_ratio + self.keep_share > 1:
             raise InputError("edit_ratio and edit_keep_ratio are shares of the same tokens: together at most 1")
         for name in ("edit_source", "edit_loss_weight", "edit_keep_ratio"):
             if self.edit_ratio == 0 and getattr(self, name) != getattr(EditSettings, name):
@@ -114,49 +120,60 @@ def draw_wrong_tokens(
     return allowed[drawn + (has_rank & (drawn >= rank)).long()]
 
 
-def plan_edits(
-    batch: dict[str, Any],
-    times: torch.Tensor,
-    settings: EditSettings,
-    generators: Generators,
-    allowed: torch.Tensor,
-    mask_token_id: int,
-) -> dict[str, Any]:
-    """What differs in a noised batch under the editing objective; made on the CPU.
+class EditPlanner:
+    """Chooses the positions of the editing objective and draws wrong tokens, on the CPU.
 
-    Of the visible maskable positions a share `edit_ratio` (each with this probability) gets a wrong token, and a share
-    `edit_keep_ratio` keeps its own; both join the masked ones in the loss. The result holds
-        noised_ids           int64 [B, L]  with the wrong tokens; with edit_source model, masks where they will stand
-        loss_positions       int64 [N]     masked, corrupted and kept positions, flat and ascending
-        loss_t               float32 [N]   their times (of no meaning where nothing is masked)
-        loss_kind            int64 [N]     MASKED, CORRUPTED or KEPT
-        corrupted_positions  int64 [M]     flat and ascending
+    Of the visible maskable positions but padding a share `edit_ratio` (each with this probability) gets a wrong token,
+    and a share `keep_share` keeps its own; both join the masked ones in the loss. (Padding is left out because wrong
+    tokens in it are easily told: they would flatter the repair rate.)
 
     Args:
-        batch: input_ids, noised_ids, maskable and is_masked of a `NoisingCollator`.
-        times: time of every position, float32 [B, L].
         settings: ratios and source.
-        generators: the rows' own, by purpose.
-        allowed: see `replacement_ids`.
-        mask_token_id: id of the mask token.
+        tokenizer: names the special tokens, which are never drawn, mask and padding among them.
+        vocab_size: V of the model.
+
+    Raises:
+        InputError: see `replacement_ids`; or the tokenizer lacks a mask or pad token.
     """
-    input_ids, is_masked = batch["input_ids"], batch["is_masked"]
-    noise = draw_noise(generators("edit"), input_ids.shape[1])  # [B, L]
-    visible = batch["maskable"] & ~is_masked
-    corrupted = visible & (noise < settings.edit_ratio)
-    kept = visible & ~corrupted & (noise < settings.edit_ratio + settings.edit_keep_ratio)
-    positions = flat_positions(is_masked | corrupted | kept)
-    kinds = corrupted * CORRUPTED + kept * KEPT
-    wrong = torch.full_like(input_ids, mask_token_id)
-    if settings.edit_source == "random":
-        wrong = draw_wrong_tokens(generators("edit tokens"), input_ids, allowed)
-    return {
-        "noised_ids": torch.where(corrupted, wrong, batch["noised_ids"]),
-        "loss_positions": positions,
-        "loss_t": times.reshape(-1)[positions],
-        "loss_kind": kinds.reshape(-1)[positions],
-        "corrupted_positions": flat_positions(corrupted),
-    }
+
+    def __init__(self, settings: EditSettings, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+        self.ratio, self.share = settings.edit_ratio, settings.edit_ratio + settings.keep_share
+        self.draws = settings.edit_source == "random"
+        self.replacements = replacement_ids(tokenizer, vocab_size)
+        self.mask_token_id = token_id(tokenizer, "mask_token")
+        self.pad_token_id = token_id(tokenizer, "pad_token")
+
+    def __call__(self, batch: dict[str, Any], times: torch.Tensor, generators: Generators) -> dict[str, Any]:
+        """What differs in a noised batch under the editing objective:
+
+            noised_ids           int64 [B, L]  with the wrong tokens; with edit_source model, masks where they will be
+            loss_positions       int64 [N]     masked, corrupted and kept positions, flat and ascending
+            loss_t               float32 [N]   their times (of no meaning where nothing is masked)
+            loss_kind            int64 [N]     MASKED, CORRUPTED or KEPT
+            corrupted_positions  int64 [M]     flat and ascending
+
+        Args:
+            batch: input_ids, noised_ids, maskable and is_masked of a `NoisingCollator`.
+            times: time of every position, float32 [B, L].
+            generators: the rows' own, by purpose.
+        """
+        input_ids, is_masked = batch["input_ids"], batch["is_masked"]
+        noise = draw_noise(generators("edit"), input_ids.shape[1])  # [B, L]
+        open_to_edits = batch["maskable"] & ~is_masked & (input_ids != self.pad_token_id)
+        corrupted = open_to_edits & (noise < self.ratio)
+        kept = open_to_edits & ~corrupted & (noise < self.share)
+        positions = flat_positions(is_masked | corrupted | kept)
+        kinds = corrupted * CORRUPTED + kept * KEPT
+        wrong = torch.full_like(input_ids, self.mask_token_id)
+        if self.draws:
+            wrong = draw_wrong_tokens(generators("edit tokens"), input_ids, self.replacements)
+        return {
+            "noised_ids": torch.where(corrupted, wrong, batch["noised_ids"]),
+            "loss_positions": positions,
+            "loss_t": times.reshape(-1)[positions],
+            "loss_kind": kinds.reshape(-1)[positions],
+            "corrupted_positions": flat_positions(corrupted),
+        }
 
 
 def likeliest_wrong_tokens(logits: torch.Tensor, targets: torch.Tensor, is_allowed: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from dllm.core.editing import EditSettings, plan_edits
+from dllm.core.editing import EditPlanner
 from dllm.core.noising import block_times, draw_noise, draw_times, flat_positions, make_generator, mask_tokens
 from dllm.core.schedulers import BaseAlphaScheduler
 from dllm.utils.parsing import InputError
@@ -96,8 +96,7 @@ class NoisingCollator:
         num_maskable     int64 [B]
         example_id       int64 [B]
         attention_mask   int64 [B, L]  only if `pad` makes one
-        edit             dict          only with `editing`: what replaces these under the editing objective (see
-                                       `dllm.core.editing.plan_edits`)
+        edit             dict          only with `editing`: what it returns
 
     Args:
         pad: collator of {"input_ids", "labels"} rows; gets nothing but the keys of `model_keys`.
@@ -107,8 +106,7 @@ class NoisingCollator:
         logit_shift: 1 where the logit of position p - 1 predicts token p; the first position has no such logit.
         block_size: positions of a block under block diffusion; None: full-sequence diffusion.
         time_per: "row": one time for the whole row; "block": one for each block (needs `block_size`).
-        editing: settings of the editing objective; None: no wrong tokens.
-        replacements: ids that may stand in as wrong tokens, needed with `editing`.
+        editing: what replaces these entries under the editing objective; None: no wrong tokens.
 
     Raises:
         InputError: a row lacks a key, is empty, or has labels that differ from its input_ids at a maskable position.
@@ -128,8 +126,7 @@ class NoisingCollator:
         logit_shift: int = 0,
         block_size: int | None = None,
         time_per: TimePer = "row",
-        editing: EditSettings | None = None,
-        replacements: torch.Tensor | None = None,
+        editing: EditPlanner | None = None,
     ) -> None:
         self.pad = pad
         self.scheduler = scheduler
@@ -139,7 +136,7 @@ class NoisingCollator:
         self.stream = stream
         self.logit_shift = logit_shift
         self.block_size, self.time_per = block_size, time_per
-        self.editing, self.replacements = editing, replacements
+        self.editing = editing
         # In shared memory: worker processes that outlive an epoch must see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -202,15 +199,7 @@ class NoisingCollator:
         if "attention_mask" in padded:
             batch["attention_mask"] = padded["attention_mask"]
         if self.editing is not None:
-            assert self.replacements is not None
-            batch["edit"] = plan_edits(
-                batch,
-                times,
-                self.editing,
-                lambda purpose: self.row_generators(example_id, purpose),
-                self.replacements,
-                self.mask_token_id,
-            )
+            batch["edit"] = self.editing(batch, times, lambda purpose: self.row_generators(example_id, purpose))
         return batch
 
 

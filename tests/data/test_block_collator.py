@@ -1,20 +1,30 @@
 """Rows for block diffusion and editing: whole blocks, a time per block, wrong tokens."""
 
+import functools
+
 import pytest
 import torch
 
-from dllm.core.editing import CORRUPTED, KEPT, MASKED, EditSettings, draw_wrong_tokens, replacement_ids
+from dllm.core.editing import CORRUPTED, KEPT, MASKED, EditPlanner, EditSettings, draw_wrong_tokens, replacement_ids
 from dllm.core.noising import make_generator
 from dllm.core.schedulers import LinearAlphaScheduler
 from dllm.data.collators import BlockPaddingCollator, NoisingCollator, PaddingCollator
+from dllm.models import get_spec
+from dllm.models.tiny import train_tokenizer
 
-PAD, MASK = 2, 99
-ALLOWED = torch.arange(3, 60)
+PAD, MASK = 1, 2
+VOCABULARY = 280
+ALLOWED = torch.arange(6, 262)  # the 256 bytes behind six special tokens
+
+
+@functools.lru_cache
+def _tokenizer():
+    return train_tokenizer(get_spec("llada2_moe"), "some text", 262)
 
 
 def _row(example_id: int, length: int, prompt: int = 2) -> dict:
     generator = torch.Generator().manual_seed(example_id)
-    ids = torch.randint(3, 50, (length,), generator=generator).tolist()
+    ids = torch.randint(6, 250, (length,), generator=generator).tolist()
     return {"input_ids": ids, "labels": [-100] * prompt + ids[prompt:], "example_id": example_id}
 
 
@@ -23,9 +33,13 @@ def _collator(pad=None, **settings) -> NoisingCollator:
     return NoisingCollator(pad or PaddingCollator(PAD), **options)
 
 
+def _planner(**settings) -> EditPlanner:
+    chosen = EditSettings(**{"edit_ratio": 0.3, "edit_keep_ratio": 0.0, **settings})
+    return EditPlanner(chosen, _tokenizer(), VOCABULARY)
+
+
 def _edited(rows, pad=None, **settings) -> tuple[dict, dict]:
-    editing = EditSettings(**{"edit_ratio": 0.3, "edit_keep_ratio": 0.0, **settings})
-    batch = _collator(pad, editing=editing, replacements=ALLOWED)(rows)
+    batch = _collator(pad, editing=_planner(**settings))(rows)
     return batch, {**batch, **batch["edit"]}
 
 
@@ -93,6 +107,18 @@ def test_wrong_tokens_are_wrong_and_stand_in_visible_response_positions_only() -
     assert torch.equal(batch["loss_positions"], batch["is_masked"].reshape(-1).nonzero()[:, 0])
 
 
+def test_padding_is_neither_replaced_nor_kept() -> None:
+    batch, edited = _edited([_row(0, 300), _row(1, 10)], edit_keep_ratio=0.2)
+    is_padding = batch["input_ids"].flatten()[edited["loss_positions"]] == PAD
+    assert is_padding.any() and (edited["loss_kind"][is_padding] == MASKED).all()
+
+
+def test_as_many_are_kept_as_replaced_unless_told_otherwise() -> None:
+    assert EditSettings(edit_ratio=0.3).keep_share == 0.3 and EditSettings().keep_share == 0
+    assert EditSettings(edit_ratio=0.8).keep_share == pytest.approx(0.2)
+    assert EditSettings(edit_ratio=0.3, edit_keep_ratio=0.0).keep_share == 0
+
+
 def test_edits_do_not_touch_the_masks_and_depend_on_the_row_alone() -> None:
     plain = _collator()([_row(8, 13)])
     alone, edited = _edited([_row(8, 13)])
@@ -104,7 +130,7 @@ def test_edits_do_not_touch_the_masks_and_depend_on_the_row_alone() -> None:
 
 
 def test_edits_change_from_epoch_to_epoch() -> None:
-    collator = _collator(editing=EditSettings(edit_ratio=0.3), replacements=ALLOWED)
+    collator = _collator(editing=_planner())
     first = collator([_row(8, 100)])["edit"]
     collator.set_epoch(1)
     assert not torch.equal(first["noised_ids"], collator([_row(8, 100)])["edit"]["noised_ids"])
@@ -135,15 +161,11 @@ def test_wrong_tokens_do_not_depend_on_padding() -> None:
     assert torch.equal(short, long[:, :11])
 
 
-def test_special_tokens_never_stand_in(tmp_path) -> None:
-    from dllm.models.auto import load_tokenizer
-    from dllm.models.tiny import make_tiny_checkpoint
-
-    tokenizer = load_tokenizer(str(make_tiny_checkpoint(tmp_path / "tiny", "llada2_moe", num_hidden_layers=1)))
-    ids = replacement_ids(tokenizer, 10_000)
+def test_special_tokens_never_stand_in() -> None:
     names = {"<|startoftext|>", "<|endoftext|>", "<|mask|>", "<role>", "</role>", "<|role_end|>"}
-    special = {tokenizer.convert_tokens_to_ids(name) for name in names}
-    assert set(ids.tolist()) == set(range(len(tokenizer))) - special and len(special) == 6
-    assert int(replacement_ids(tokenizer, 300).max()) == 299
+    special = {_tokenizer().convert_tokens_to_ids(name) for name in names}
+    assert special == set(range(6)) and len(_tokenizer()) == 262
+    assert torch.equal(replacement_ids(_tokenizer(), VOCABULARY), ALLOWED)
+    assert int(replacement_ids(_tokenizer(), 100).max()) == 99
     with pytest.raises(ValueError, match="two or more tokens that are not special"):
-        replacement_ids(tokenizer, 6)
+        replacement_ids(_tokenizer(), 6)

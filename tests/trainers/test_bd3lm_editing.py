@@ -109,12 +109,18 @@ def test_evaluation_measures_the_same_positions_each_time(make_trainer, name: st
     metrics = trainer.evaluate()
     assert metrics["eval_edit_loss"] == pytest.approx(float(nll[batch["loss_kind"] == CORRUPTED].mean()), rel=1e-5)
     assert metrics["eval_masked_loss"] == pytest.approx(float(nll[batch["loss_kind"] == MASKED].mean()), rel=1e-5)
-    kept = ~hits[batch["loss_kind"] == KEPT]  # measured even though nothing is kept in training
+    kept = ~hits[batch["loss_kind"] == KEPT]
     assert metrics["eval_false_edit_rate"] == pytest.approx(float(kept.double().mean()))
     again = trainer.evaluate()
     assert all(again[key] == metrics[key] for key in ("eval_edit_loss", "eval_repair_rate", "eval_masked_loss"))
     split = make_trainer(name, per_device_eval_batch_size=5).evaluate()
     assert split["eval_edit_loss"] == pytest.approx(metrics["eval_edit_loss"], rel=1e-5)
+
+
+def test_false_edits_are_measured_where_nothing_is_kept_in_training(make_trainer) -> None:
+    none, some = make_trainer("mdlm", edit_keep_ratio=0.0), make_trainer("mdlm")
+    assert not (_batch(none)["loss_kind"] == KEPT).any() and (_batch(some)["loss_kind"] == KEPT).any()
+    assert none.evaluate()["eval_false_edit_rate"] == some.evaluate()["eval_false_edit_rate"]
 
 
 @pytest.mark.parametrize("name", ["mdlm", "bd3lm"])
@@ -154,7 +160,7 @@ def test_both_losses_fall(make_trainer, name: str, source: str) -> None:
 @pytest.mark.parametrize("name", ["mdlm", "bd3lm"])
 def test_training_repairs_rows_of_one_token(make_trainer, name: str) -> None:
     rows = [{"input_ids": [30 + i] * 20, "labels": [-100] * 8 + [30 + i] * 12, "example_id": i} for i in range(12)]
-    settings = {"max_steps": 60, "per_device_train_batch_size": 6, "edit_loss_weight": 4.0, "edit_keep_ratio": 0.2}
+    settings = {"max_steps": 80, "per_device_train_batch_size": 6, "edit_loss_weight": 4.0}
     trainer = make_trainer(name, data=rows, **settings)
     before = trainer.evaluate()
     trainer.train()

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch.utils.data import Dataset, IterableDataset
 
-from dllm.core.editing import MASKED, EditSettings, replacement_ids
+from dllm.core.editing import MASKED, EditPlanner, EditSettings
 from dllm.core.losses import NormType, WeightType, loss_weights, normalise, row_sums, token_nll
 from dllm.core.modes import evaluating
 from dllm.core.schedulers import BaseAlphaScheduler, get_alpha_scheduler_class, make_alpha_scheduler
@@ -68,7 +68,7 @@ class MDLMTrainer(transformers.Trainer):
     """Trains a masked-diffusion LM: mask with t ~ U(eps, 1), predict the masked tokens, weigh by w(t) (arXiv
     2502.09992, equation 3).
 
-    With `edit_ratio` above 0, training also asks for visible tokens that were replaced by wrong ones (`plan_edits`).
+    With `edit_ratio` above 0, training also asks for visible tokens that were replaced by wrong ones (`EditPlanner`).
     The loss of a batch is then
 
         sum over rows b of Z_b * (sum over masked i of w(t_i) CE_i + edit_loss_weight * sum over replaced or kept i of
@@ -139,9 +139,8 @@ class MDLMTrainer(transformers.Trainer):
         self.logged_seconds = 0.0  # spent on the steps of the last training log
         self.eval_metrics = OnEvaluateMetricsCallback(self, {"nll": NLLMetric(), "ppl": PPLMetric()})
         self.editor: Editor | None = None
-        if args.edit_ratio:
-            replacements = replacement_ids(processing_class, self.lm.config.vocab_size)
-            self.editor = Editor(replacements, self.args.device)
+        if train_collator.editing is not None:
+            self.editor = Editor(train_collator.editing.replacements, self.args.device)
             self.eval_metrics.metrics.update(self.editor.eval_metrics())
         # Counted on the device and read when logging: reading it in every step would wait for the device.
         self._num_empty_batches = torch.zeros((), dtype=torch.int64, device=self.args.device)
@@ -170,13 +169,10 @@ class MDLMTrainer(transformers.Trainer):
     def _editing_settings(self, args: MDLMConfig, tokenizer, stream: str) -> dict[str, Any]:
         if not args.edit_ratio:
             return {}
-        keep = args.edit_keep_ratio
-        if stream == "eval" and not keep:  # measured there even where it is not trained on
-            keep = min(args.edit_ratio, 1 - args.edit_ratio)
-        return {
-            "editing": EditSettings(args.edit_ratio, args.edit_source, args.edit_loss_weight, keep),
-            "replacements": replacement_ids(tokenizer, self.lm.config.vocab_size),
-        }
+        # Evaluation looks at kept tokens even where they are not trained on.
+        keep = None if stream == "eval" and not args.keep_share else args.edit_keep_ratio
+        settings = EditSettings(args.edit_ratio, args.edit_source, args.edit_loss_weight, keep)
+        return {"editing": EditPlanner(settings, tokenizer, self.lm.config.vocab_size)}
 
     def network_inputs(self, inputs: Batch) -> dict[str, Any]:
         """What the model is called with to look at the state `noised_ids` of a batch."""
