@@ -1,7 +1,16 @@
 """Evaluation with lm-eval: model arguments, the harness, likelihoods."""
 
+from dllm.core.eval.block import BlockEvalConfig, BlockEvalHarness
 from dllm.core.eval.config import BaseEvalConfig, MDLMEvalConfig
 from dllm.core.eval.harness import BaseEvalHarness, Interrupted
 from dllm.core.eval.mdlm import MDLMEvalHarness
 
-__all__ = ["BaseEvalConfig", "BaseEvalHarness", "Interrupted", "MDLMEvalConfig", "MDLMEvalHarness"]
+__all__ = [
+    "BaseEvalConfig",
+    "BaseEvalHarness",
+    "BlockEvalConfig",
+    "BlockEvalHarness",
+    "Interrupted",
+    "MDLMEvalConfig",
+    "MDLMEvalHarness",
+]

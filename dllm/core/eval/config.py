@@ -4,75 +4,123 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from dllm.core.reveal import Remasking
-from dllm.core.samplers import mdlm
+from dllm.core.samplers import BaseSampler, BaseSamplerConfig, MDLMSampler
 from dllm.utils.args import DTYPES
 from dllm.utils.parsing import InputError
 
 Truncation = Literal["error", "left"]
+DEFAULT_MAX_GEN_TOKS = 256  # as in lm-eval's own models
 # Flags of lm-eval's own command line, which it hands to the constructor.
 _FLAGS = ("batch_size", "max_batch_size", "device")
+# Settings that come from tasks as a matter of course: a model argument replaces them without a word.
+_FROM_TASKS = ("max_new_tokens", "temperature")
 
 
-def _argument(default: Any, help: str) -> Any:
+def argument(default: Any, help: str) -> Any:
+    """A field of a class of model arguments."""
     return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class BaseEvalConfig:
-    """What every evaluation can set.
+    """What every evaluation can set; a family of samplers adds its own.
 
     Raises:
         InputError: a value out of its range.
     """
 
+    sampler_class: ClassVar[type[BaseSampler]]
+    # Arguments that a task or --gen_kwargs may give too -> fields of the sampler's configuration.
+    sampler_fields: ClassVar[Mapping[str, str]] = {}
+
     pretrained: str = field(metadata={"help": "Checkpoint folder or Hub name; or that of a PEFT adapter."})
-    adapter_model_name_or_path: str | None = _argument(None, "PEFT adapter on `pretrained`. None: no adapter.")
-    base_model_name_or_path: str | None = _argument(
+    adapter_model_name_or_path: str | None = argument(None, "PEFT adapter on `pretrained`. None: no adapter.")
+    base_model_name_or_path: str | None = argument(
         None, "Base of the adapter that `pretrained` is. None: the one its adapter_config.json names."
     )
-    dtype: str = _argument("auto", "Weights' type: auto (as stored), float32, bfloat16 or float16.")
-    attn_implementation: str = _argument("sdpa", "Attention kernel, a name that transformers knows.")
-    load_in_4bit: bool = _argument(False, "Quantise the base weights to NF4 on loading (needs bitsandbytes).")
-    trust_remote_code: bool = _argument(False, "Run code that comes with the tokenizer; code of models never runs.")
-    max_length: int | None = _argument(
+    dtype: str = argument("auto", "Weights' type: auto (as stored), float32, bfloat16 or float16.")
+    attn_implementation: str = argument("sdpa", "Attention kernel, a name that transformers knows.")
+    load_in_4bit: bool = argument(False, "Quantise the base weights to NF4 on loading (needs bitsandbytes).")
+    trust_remote_code: bool = argument(False, "Run code that comes with the tokenizer; code of models never runs.")
+    max_length: int | None = argument(
         None, "Most tokens of prompt and answer together, at least 2. None: as many as the model's config.json says."
     )
-    max_new_tokens: int | None = _argument(
+    max_new_tokens: int | None = argument(
         None, "Length of every answer in tokens, at least 1. None: the task's max_gen_toks."
     )
-    truncation: Truncation = _argument(
+    truncation: Truncation = argument(
         "error", "What becomes of a prompt that is too long: error, or left (its beginning is dropped, and counted)."
     )
-    seed: int = _argument(0, "Of every draw, together with the request: decoding and likelihood.")
-    mc_num: int = _argument(
+    temperature: float | None = argument(None, "Of the Gumbel noise, at least 0. None: the task's.")
+    early_stop: bool = argument(
+        True, "Stop a row at its first end-of-text or end-of-turn token; its text is the same, with fewer forwards."
+    )
+    preset: str | None = argument(None, "Published settings by name.")
+    seed: int = argument(0, "Of every draw, together with the request: decoding and likelihood.")
+    mc_num: int = argument(
         128,
         "Masked states per likelihood, at least 1. A continuation of L tokens with 2^L - 1 <= mc_num states is summed "
         "over all of them instead, which is exact.",
     )
-    mc_batch_size: int | None = _argument(
+    mc_batch_size: int | None = argument(
         None, "Masked states per forward of a likelihood, at least 1. None: --batch_size."
     )
-    check_greedy: bool = _argument(
+    check_greedy: bool = argument(
         True, "Find out whether greedy decoding gives the continuation (acc of perplexity tasks); False reports False."
     )
-    answers_dir: str | None = _argument(
+    answers_dir: str | None = argument(
         None, "Folder where answers are kept as they come, for a run that is continued. None: nothing is kept."
     )
 
     def __post_init__(self) -> None:
-        for name, least in (("max_length", 2), ("max_new_tokens", 1), ("mc_num", 1), ("mc_batch_size", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"{name} must be at least {least}, got {value}")
+        check_least(self, max_length=2, max_new_tokens=1, mc_num=1, mc_batch_size=1, temperature=0)
         check_choices(self)
         if self.dtype not in DTYPES:
             raise InputError(f"dtype is {self.dtype!r}: choose one of {', '.join(DTYPES)}")
+
+    def sampler_config(self, given: Mapping[str, Any]) -> BaseSamplerConfig:
+        """The sampler's settings for a request: these arguments before the request before the preset before defaults.
+
+        Args:
+            given: what the task and --gen_kwargs say (see `dllm.core.eval.generation.read_gen_kwargs`).
+
+        Raises:
+            InputError: an unknown preset; a setting that arguments and request give different values; those of the
+                sampler's configuration.
+        """
+        presets = self.sampler_class.presets
+        if self.preset is not None and self.preset not in presets:
+            raise InputError(f"preset {self.preset!r} is unknown: choose one of {', '.join(presets)}")
+        settings: dict[str, Any] = {"max_new_tokens": DEFAULT_MAX_GEN_TOKS, "seed": self.seed}
+        settings.update(presets[self.preset] if self.preset else {})
+        settings.update({self.sampler_fields.get(name, name): value for name, value in given.items()})
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in ("max_new_tokens", *self.sampler_fields):
+            value = getattr(self, name)
+            if value == defaults[name]:
+                continue
+            if name in given and name not in _FROM_TASKS and given[name] != value:
+                raise InputError(
+                    f"{name} is {value} among the model arguments and {given[name]} among the generation settings: "
+                    "give it once"
+                )
+            settings[self.sampler_fields.get(name, name)] = value
+        return self.sampler_class.config_class(**{**settings, "early_stop": self.early_stop})
+
+    def check_sampling(self) -> None:
+        """Nothing, if the sampler takes these arguments together, at whatever temperature where none is given.
+
+        Raises:
+            InputError: see `sampler_config`.
+        """
+        self.sampler_config({} if self.temperature is not None else {"temperature": 1.0})
 
 
 @dataclass
@@ -80,30 +128,31 @@ class MDLMEvalConfig(BaseEvalConfig):
     """Model arguments of `MDLMEvalHarness`. Where one is None, the task's generation settings, the preset or the
     sampler decide, in this order; the same setting given here and by the task with another value is an error."""
 
-    steps: int | None = _argument(None, "Most denoising steps per answer, at least 1. None: one per token.")
-    block_size: int | None = _argument(
+    sampler_class = MDLMSampler
+    sampler_fields = {
+        "steps": "steps",
+        "block_size": "block_size",
+        "temperature": "temperature",
+        "remasking": "remasking",
+        "threshold": "threshold",
+        "cfg": "cfg_scale",
+        "cache": "cache",
+        "seed": "seed",
+    }
+
+    steps: int | None = argument(None, "Most denoising steps per answer, at least 1. None: one per token.")
+    block_size: int | None = argument(
         None, "Positions decoded before the next ones are begun, at least 1. None: the whole answer at once."
     )
-    temperature: float | None = _argument(None, "Of the Gumbel noise, at least 0. None: the task's.")
-    remasking: Remasking | None = _argument(None, "Which proposals are committed first.")
-    threshold: float | None = _argument(None, "Commit every token surer than this as well, in (0, 1].")
-    cfg: float | None = _argument(None, "Scale of classifier-free guidance, at least 0; acts on likelihoods too.")
-    cache: Literal["none", "prefix", "dual"] | None = _argument(None, "Approximate reuse of keys and values.")
-    early_stop: bool = _argument(
-        True, "Stop a row at its first end-of-text or end-of-turn token; its text is the same, with fewer forwards."
-    )
-    preset: str | None = _argument(None, "Published settings by name.")
+    remasking: Remasking | None = argument(None, "Which proposals are committed first.")
+    threshold: float | None = argument(None, "Commit every token surer than this as well, in (0, 1].")
+    cfg: float | None = argument(None, "Scale of classifier-free guidance, at least 0; acts on likelihoods too.")
+    cache: Literal["none", "prefix", "dual"] | None = argument(None, "Approximate reuse of keys and values.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("steps", 1), ("block_size", 1), ("temperature", 0), ("cfg", 0)):
-            value = getattr(self, name)
-            if value is not None and not least <= value < float("inf"):
-                raise InputError(f"{name} must be at least {least} and finite, got {value}")
-        if self.threshold is not None and not 0 < self.threshold <= 1:
-            raise InputError(f"threshold must be in (0, 1], got {self.threshold}")
-        if self.preset is not None and self.preset not in mdlm.MDLM_PRESETS:
-            raise InputError(f"preset {self.preset!r} is unknown: choose one of {', '.join(mdlm.MDLM_PRESETS)}")
+        check_least(self, cfg=0)  # the sampler has another name for it
+        self.check_sampling()
 
 
 Config = TypeVar("Config", bound=BaseEvalConfig)
@@ -160,14 +209,26 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
 
 
 def _number(name: str, value: Any, kind: type[int] | type[float]) -> int | float:
-    wanted = "a whole number" if kind is int else "a number"
+    wanted = "a whole number" if kind is int else "a finite number"
     try:
         number = float("nan") if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         number = float("nan")
-    if number != number or (kind is int and not number.is_integer()):
+    if not math.isfinite(number) or (kind is int and not number.is_integer()):
         raise InputError(f"{name} must be {wanted}, got {value!r}")
     return int(number) if kind is int else number
+
+
+def check_least(config: Any, **least: float) -> None:
+    """Nothing, if every field named is None or at least what is given for it.
+
+    Raises:
+        InputError: a field that is less.
+    """
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None and value < bound:
+            raise InputError(f"{name} must be at least {bound}, got {value}")
 
 
 def check_choices(config: Any) -> None:
@@ -176,8 +237,9 @@ def check_choices(config: Any) -> None:
     Raises:
         InputError: another value; the allowed ones are listed.
     """
-    for name, hint in get_type_hints(type(config)).items():
-        kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    hints = get_type_hints(type(config))
+    for name in (f.name for f in dataclasses.fields(config)):
+        kinds = get_args(hints[name]) if get_origin(hints[name]) in (Union, types.UnionType) else (hints[name],)
         allowed = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
         value = getattr(config, name)
         if allowed and value not in allowed and not (value is None and type(None) in kinds):

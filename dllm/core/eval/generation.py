@@ -9,7 +9,6 @@ from typing import Any, Literal, Union, get_args, get_origin
 from dllm.core.eval.config import coerce
 from dllm.utils.parsing import InputError
 
-DEFAULT_MAX_GEN_TOKS = 256  # as in lm-eval's own models
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 # Settings of other decoders at the value that means what is done here anyway.
 _NEUTRAL = {"num_beams": 1, "top_p": 1}

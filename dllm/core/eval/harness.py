@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, get_type_hints
 
@@ -22,14 +21,14 @@ from dllm.core.eval.checkpoints import load, refuse_loading_arguments, stamps
 from dllm.core.eval.config import BaseEvalConfig, parse_model_args
 from dllm.core.eval.generation import read_gen_kwargs
 from dllm.core.eval.jobs import GenerationJob, Job, Kind, LikelihoodJob, decoding_batches
-from dllm.core.eval.likelihood import Item, Scorer, num_states
+from dllm.core.eval.likelihood import Item, Scorer, item_states
 from dllm.core.eval.processes import choose_device, device_name, join_processes
 from dllm.core.eval.progress import Cost, Totals, progress_bar, say
 from dllm.core.eval.protocol import ProcessLM
 from dllm.core.eval.scoring import Scoring
 from dllm.core.eval.text import answer_text, encode, encode_pair, encode_prompt, fit, prefix_token_id, rolling_windows
 from dllm.core.noising import derive_seed
-from dllm.core.samplers import BaseSampler, BaseSamplerConfig
+from dllm.core.samplers import BaseSamplerConfig
 from dllm.models.backbone import unwrap
 from dllm.utils.parsing import InputError
 
@@ -43,9 +42,8 @@ class Interrupted(KeyboardInterrupt):
 class BaseEvalHarness(ProcessLM):
     """lm-eval's view of a masked-diffusion LM.
 
-    A subclass names its model arguments (`config_class`) and its sampler, and turns a request's settings into the
-    sampler's (`sampler_config`). Whatever must be in place while a prompt is decoded or scored (a memory, say) is put
-    there by `context`.
+    A subclass names its model arguments (`config_class`), and these the sampler. Whatever must be in place while a
+    prompt is decoded or scored (a memory, say) is put there by `context`.
 
     Args:
         batch_size: rows per forward, at least 1.
@@ -59,9 +57,6 @@ class BaseEvalHarness(ProcessLM):
     """
 
     config_class: type[BaseEvalConfig] = BaseEvalConfig
-    sampler_class: type[BaseSampler]
-    # Names of model arguments that a task or --gen_kwargs may give too -> fields of the sampler's configuration.
-    sampler_fields: Mapping[str, str] = {}
     # Whether states of several contexts must not share a forward (see `context`).
     one_context_per_batch = False
 
@@ -90,7 +85,7 @@ class BaseEvalHarness(ProcessLM):
         self.model, self.tokenizer = model, tokenizer
         self.lm = unwrap(model)
         self._join(self.lm.device)
-        self.sampler = self.sampler_class(model, tokenizer)
+        self.sampler = self.config.sampler_class(model, tokenizer)
         self.max_length = self.config.max_length or self.lm.config.max_position_embeddings
         self._answers = AnswerStore(self.config.answers_dir, self._rank)
         self._fingerprint: str | None = None
@@ -108,17 +103,19 @@ class BaseEvalHarness(ProcessLM):
 
     # What a subclass provides.
 
-    @abstractmethod
     def sampler_config(self, given: Mapping[str, Any]) -> BaseSamplerConfig:
-        """The sampler's settings for a request.
+        """The sampler's settings for a request (see `BaseEvalConfig.sampler_config`)."""
+        return self.config.sampler_config(given)
 
-        Args:
-            given: what the task and --gen_kwargs say (see `read_gen_kwargs`).
-        """
+    def decoding_cost(self, config: BaseSamplerConfig, prompt_length: int) -> tuple[int, int]:
+        """(forwards, token-forwards) of decoding a row, both at most."""
+        length = config.max_new_tokens
+        forwards = length if config.steps is None else min(config.steps, length)
+        return forwards, forwards * (prompt_length + length)
 
-    def most_forwards(self, config: BaseSamplerConfig) -> int:
-        """Forwards of a row's decoding, at most."""
-        return config.max_new_tokens if config.steps is None else min(config.steps, config.max_new_tokens)
+    def room(self, config: BaseSamplerConfig) -> int:
+        """Most tokens of prompt and answer together, with these settings."""
+        return self.max_length
 
     def draws(self, config: BaseSamplerConfig) -> bool:
         """Whether decoding with these settings depends on the seed."""
@@ -128,6 +125,11 @@ class BaseEvalHarness(ProcessLM):
     def guidance(self) -> float:
         """Scale of classifier-free guidance for likelihoods."""
         return 0.0
+
+    @property
+    def scoring_block_size(self) -> int | None:
+        """Positions of a block where positions see no later block; None where they see each other."""
+        return None
 
     @contextlib.contextmanager
     def context(self, prompts: Sequence[Sequence[int]], *, shared: bool = False) -> Iterator[list[str | None]]:
@@ -185,7 +187,7 @@ class BaseEvalHarness(ProcessLM):
             key = self._key("loglikelihood", context, continuation, self.config.check_greedy, *self._likelihood_key())
             if key not in jobs:
                 before, target = encode_pair(self.tokenizer, context, continuation)
-                before, dropped = self._fit(before, len(target), request)
+                before, dropped = self._fit(before, len(target), request, self.max_length)
                 items = [Item(tuple(before), tuple(target))]
                 jobs[key] = LikelihoodJob((context, continuation), key, num_dropped=dropped, items=items)
             jobs[key].requests.append(index)
@@ -207,7 +209,8 @@ class BaseEvalHarness(ProcessLM):
         return self._run("loglikelihood_rolling", len(requests), list(jobs.values()), self._score_texts)
 
     def _generation_jobs(self, requests: Sequence[Instance]) -> list[GenerationJob]:
-        hints = {name: hint for name, hint in get_type_hints(self.config_class).items() if name in self.sampler_fields}
+        hints = get_type_hints(self.config_class)
+        hints = {name: hints[name] for name in self.config.sampler_fields}
         jobs: dict[str, GenerationJob] = {}
         seen: dict[int, int] = {}
         for index, request in enumerate(requests):
@@ -221,15 +224,15 @@ class BaseEvalHarness(ProcessLM):
             key = self._key("generate_until", text, until, dataclasses.asdict(config))
             if key not in jobs:
                 prompt = encode_prompt(self.tokenizer, text)
-                prompt, dropped = self._fit(prompt, config.max_new_tokens, request)
+                prompt, dropped = self._fit(prompt, config.max_new_tokens, request, self.room(config))
                 job = GenerationJob((text, gen_kwargs), key, [], dropped, prompt, config, until)
                 jobs[key] = job
             jobs[key].requests.append(index)
         return list(jobs.values())
 
-    def _fit(self, context: list[int], num_behind: int, request: Instance) -> tuple[list[int], int]:
+    def _fit(self, context: list[int], num_behind: int, request: Instance, room: int) -> tuple[list[int], int]:
         what = f"{request.task_name or 'request'} document {request.doc_id}"
-        return fit(context, num_behind, self.max_length, self.config.truncation, what)
+        return fit(context, num_behind, room, self.config.truncation, what)
 
     def _key(self, *parts: Any) -> str:
         if self.config.answers_dir is None:
@@ -239,7 +242,7 @@ class BaseEvalHarness(ProcessLM):
         return request_key(self._fingerprint, *parts)
 
     def _likelihood_key(self) -> tuple[Any, ...]:
-        return self.config.mc_num, self.config.seed, self.guidance
+        return self.config.mc_num, self.config.seed, self.guidance, self.scoring_block_size
 
     # Running them.
 
@@ -308,12 +311,14 @@ class BaseEvalHarness(ProcessLM):
         for job in jobs:
             if isinstance(job, GenerationJob):
                 contexts.add(tuple(job.prompt))
-                cost.add(len(job.prompt), job.config.max_new_tokens, self.most_forwards(job.config))
+                cost.add(len(job.prompt), job.config.max_new_tokens, *self.decoding_cost(job.config, len(job.prompt)))
             elif isinstance(job, LikelihoodJob):
                 for item in job.items:
                     contexts.add(item.context)
-                    states = num_states(len(item.target), self.config.mc_num) + greedy * len(item.target)
-                    cost.add(len(item.context), len(item.target), states * twice)
+                    states = item_states(item, self.config.mc_num, self.scoring_block_size)
+                    states = (states + greedy * len(item.target)) * twice
+                    length = len(item.context) + len(item.target)
+                    cost.add(len(item.context), len(item.target), states, states * length)
         per_write = self.forwards_per_write()
         if per_write:
             cost.num_written, cost.adapting = len(contexts), per_write * sum(map(len, contexts))
@@ -354,6 +359,7 @@ class BaseEvalHarness(ProcessLM):
             self.sampler.pad_token_id,
             self.guidance,
             self.config.mc_batch_size or self.batch_size,
+            self.scoring_block_size,
         )
 
     # Results.

@@ -6,12 +6,14 @@ V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from dllm.core.attention import block_causal_mask
 from dllm.core.losses import chunk_rows, token_nll
 from dllm.core.noising import flat_positions, make_generator
 from dllm.core.reveal import choose_positions, propose
@@ -27,6 +29,8 @@ class Scorer:
     mask_token_id, pad_token_id: ids of the special tokens.
     cfg_scale: classifier-free guidance, at least 0: logits u + (1 + scale) (c - u), u from a masked context; 0: c.
     batch_size: rows per forward, at least 1.
+    block_size: positions see their own block of this many and those before it, counted from the first token of the
+        context; None: they see each other.
     """
 
     lm: DiffusionLM
@@ -34,6 +38,7 @@ class Scorer:
     pad_token_id: int
     cfg_scale: float = 0.0
     batch_size: int = 1
+    block_size: int | None = None
 
     @property
     def forwards_per_row(self) -> int:
@@ -63,6 +68,24 @@ class MaskPlan:
 
     is_masked: torch.Tensor
     weights: torch.Tensor
+
+
+def item_blocks(item: Item, block_size: int | None) -> list[Item]:
+    """The item cut where blocks end: each part of its target, with all that stands before as context.
+
+    A block-causal model decodes a block when those before it are done, so log p(target) is the sum over these parts.
+    Blocks are counted from the first token of the context. No part for an empty target; the item itself with None.
+    """
+    if block_size is None:
+        return [item] if item.target else []
+    whole, start = item.context + item.target, len(item.context)
+    borders = [start, *range((start // block_size + 1) * block_size, len(whole), block_size), len(whole)]
+    return [Item(whole[:low], whole[low:high]) for low, high in itertools.pairwise(borders) if low < high]
+
+
+def item_states(item: Item, mc_num: int, block_size: int | None) -> int:
+    """How many masked states the estimate of an item looks at: `num_states` of each of its parts, added."""
+    return sum(num_states(len(part.target), mc_num) for part in item_blocks(item, block_size))
 
 
 def num_states(num_tokens: int, mc_num: int) -> int:
@@ -102,26 +125,27 @@ def mask_plan(num_tokens: int, mc_num: int, generator: torch.Generator) -> MaskP
 def log_likelihoods(scorer: Scorer, items: Sequence[Item], mc_num: int, seed: int) -> list[float]:
     """The estimate of `mask_plan` for each item, in nats; 0 for an empty target.
 
-    States of all items share forwards. An item's masks follow from `seed` and its tokens alone.
+    With a block size it is the sum over the parts of the target, each given the true tokens of the parts before it (see
+    `item_blocks`). States of all items share forwards. An item's masks follow from `seed` and its tokens alone.
 
     Args:
         scorer: the model.
         items: what to score.
-        mc_num: most states per item.
+        mc_num: most states per item, or per part of it.
         seed: of the masks.
     """
-    scored = [index for index, item in enumerate(items) if item.target]
+    parts = [(index, part) for index, item in enumerate(items) for part in item_blocks(item, scorer.block_size)]
     sums = torch.zeros(len(items), dtype=torch.float64, device=scorer.lm.device)
     plans = []
-    for index in scored:
-        item = items[index]
-        generator = make_generator("likelihood", seed, len(item.context), *item.context, *item.target)
-        plans.append(mask_plan(len(item.target), mc_num, generator))
-    for batch in _state_batches(scored, plans, scorer.batch_size):
-        rows = _Rows.make([items[index] for index, _, _ in batch], scorer)
+    for _, part in parts:
+        generator = make_generator("likelihood", seed, len(part.context), *part.context, *part.target)
+        plans.append(mask_plan(len(part.target), mc_num, generator))
+    for batch in _state_batches(plans, scorer.batch_size):
+        chosen = [parts[number] for number, _, _ in batch]
+        rows = _Rows.make([part for _, part in chosen], scorer)
         masked = rows.masked_where([mask for _, mask, _ in batch])  # [R, L] on the CPU
         positions = flat_positions(masked)  # [N]
-        owners = torch.tensor([index for index, _, _ in batch])[positions // masked.shape[1]]
+        owners = torch.tensor([index for index, _ in chosen])[positions // masked.shape[1]]
         weights = torch.tensor([float(weight) for _, _, weight in batch], dtype=torch.float64)
         per_position = weights[positions // masked.shape[1]].to(sums.device)
         nll = _masked_nll(scorer, rows, masked.to(sums.device), positions.to(sums.device))
@@ -130,11 +154,11 @@ def log_likelihoods(scorer: Scorer, items: Sequence[Item], mc_num: int, seed: in
 
 
 def _state_batches(
-    scored: Sequence[int], plans: Sequence[MaskPlan], batch_size: int
+    plans: Sequence[MaskPlan], batch_size: int
 ) -> Iterator[list[tuple[int, torch.Tensor, torch.Tensor]]]:
-    """(item, mask [T], weight) of every state, `batch_size` at a time."""
+    """(number of the plan, mask [T], weight) of every state, `batch_size` at a time."""
     batch = []
-    for index, plan in zip(scored, plans, strict=True):
+    for index, plan in enumerate(plans):
         for mask, weight in zip(plan.is_masked, plan.weights, strict=True):
             batch.append((index, mask, weight))
             if len(batch) == batch_size:
@@ -210,6 +234,9 @@ def _hidden(
     scorer: Scorer, ids: torch.Tensor, attention_mask: torch.Tensor | None, positions: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     """Hidden states that predict flat `positions`, in chunks [n, D]."""
+    if scorer.block_size is not None and ids.shape[1] > scorer.block_size:
+        causal = block_causal_mask(ids.shape[1], scorer.block_size, device=ids.device)  # [1, 1, L, L]
+        attention_mask = causal if attention_mask is None else causal & attention_mask.bool()[:, None, None]
     output = scorer.lm.backbone(input_ids=ids, attention_mask=attention_mask)
     wanted = output.last_hidden_state.flatten(0, 1)[positions - spec_of(scorer.lm).logit_shift]  # [N, D]
     return wanted.split(_chunk(scorer))
@@ -223,19 +250,23 @@ def _chunk(scorer: Scorer) -> int:
 def greedy_matches(scorer: Scorer, items: Sequence[Item]) -> list[tuple[bool, int]]:
     """(whether greedy decoding gives the target, masked states looked at) of each item; (True, 0) for an empty target.
 
-    Greedy decoding begins with the whole target masked, commits one token per step, the surest of all, and never the
-    mask token; a row ends at its first token that differs from the target.
+    Greedy decoding begins with the whole target masked, with a block size with the part of it in the present block,
+    commits one token per step, the surest of all, and never the mask token; a row ends at its first token that differs
+    from the target.
 
     Args:
         scorer: the model.
         items: what to decode.
     """
-    found = [(not item.target, 0) for item in items]
-    asked = [index for index, item in enumerate(items) if item.target]
-    for first in range(0, len(asked), scorer.batch_size):
-        part = asked[first : first + scorer.batch_size]
-        for index, result in zip(part, _decode_greedily(scorer, [items[index] for index in part]), strict=True):
-            found[index] = result
+    found = [(True, 0)] * len(items)
+    parts = [item_blocks(item, scorer.block_size) for item in items]
+    for number in range(max(map(len, parts), default=0)):
+        asked = [index for index, own in enumerate(parts) if number < len(own) and found[index][0]]
+        for first in range(0, len(asked), scorer.batch_size):
+            batch = asked[first : first + scorer.batch_size]
+            results = _decode_greedily(scorer, [parts[index][number] for index in batch])
+            for index, (is_right, steps) in zip(batch, results, strict=True):
+                found[index] = (is_right, found[index][1] + steps)
     return found
 
 

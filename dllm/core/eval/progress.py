@@ -50,12 +50,12 @@ class Cost:
     adapting: float = 0.0
     num_truncated: int = 0
 
-    def add(self, num_prompt_tokens: int, num_answer_tokens: int, num_forwards: int) -> None:
+    def add(self, num_prompt_tokens: int, num_answer_tokens: int, num_forwards: int, token_forwards: int) -> None:
         """Counts one prompt with the forwards behind it."""
         self.num_prompt_tokens += num_prompt_tokens
         self.num_answer_tokens += num_answer_tokens
         self.num_forwards += num_forwards
-        self.decoding += num_forwards * (num_prompt_tokens + num_answer_tokens)
+        self.decoding += token_forwards
 
     @property
     def share_of_adaptation(self) -> float:

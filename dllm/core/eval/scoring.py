@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from dllm.core.eval.answers import Answer
 from dllm.core.eval.jobs import LikelihoodJob, Part, scoring_groups
-from dllm.core.eval.likelihood import Item, Scorer, greedy_matches, log_likelihoods, num_states
+from dllm.core.eval.likelihood import Item, Scorer, greedy_matches, item_states, log_likelihoods
 from dllm.core.eval.progress import Totals
 
 # Masked states that are handed to the model together are this many batches: of these only the last may be small.
@@ -74,7 +74,7 @@ class Scoring:
         return answers
 
     def _states(self, item: Item) -> int:
-        return num_states(len(item.target), self.mc_num)
+        return item_states(item, self.mc_num, self.scorer.block_size)
 
 
 def _joined(first: Answer, second: Answer) -> Answer:

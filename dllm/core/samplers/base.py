@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -73,6 +74,9 @@ class BaseSampler(ABC):
         model: a model of `dllm.models`, plain or wrapped. It is called in the mode it is in: put it in eval mode.
         tokenizer: gives the mask, padding and end-of-text tokens.
     """
+
+    config_class: type[BaseSamplerConfig] = BaseSamplerConfig
+    presets: Mapping[str, Mapping[str, Any]] = {}  # published settings by name
 
     def __init__(self, model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
         self.model = model

@@ -104,6 +104,13 @@ class BlockSampler(BaseSampler):
     The host looks once per step which rows are done.
     """
 
+    config_class = BlockSamplerConfig
+    presets = BLOCK_PRESETS
+
+    def block_size(self, config: BlockSamplerConfig) -> int:
+        """The block size that `config` means: its own, else the family's, else 32."""
+        return config.block_size or self.spec.block_size or DEFAULT_BLOCK_SIZE
+
     @torch.no_grad()
     def sample(
         self,
@@ -190,7 +197,7 @@ class BlockSampler(BaseSampler):
     def _settings(self, config: BaseSamplerConfig | None) -> tuple[BlockSamplerConfig, int]:
         settings = BlockSamplerConfig() if config is None else config
         assert isinstance(settings, BlockSamplerConfig)
-        return settings, settings.block_size or self.spec.block_size or DEFAULT_BLOCK_SIZE
+        return settings, self.block_size(settings)
 
     def _check_room(self, length: int, block_size: int) -> None:
         most = self.lm.config.max_position_embeddings

@@ -85,6 +85,9 @@ class MDLMSampler(BaseSampler):
     looks once per step how many candidates are left; otherwise it waits for nothing.
     """
 
+    config_class = MDLMSamplerConfig
+    presets = MDLM_PRESETS
+
     @torch.no_grad()
     def sample(
         self,
