@@ -28,6 +28,7 @@ HELP = """/memory on|off   with on, a memory is written before each answer
 Ctrl-C stops an answer; the message that it was for is dropped."""
 STYLES = {"masked": "dim", "new": "bold black on bright_green", "kept": ""}
 MASK = "_"
+NOTHING = "(no text)"
 
 
 @dataclass
@@ -94,7 +95,7 @@ class Chat:
         else:
             decoded = self.decoder.answer([prompt], self.config, with_memory=self.with_memory)
             reply = self.decoder.text(decoded.output.answers[0].tolist())
-            self.console.print(reply, markup=False, highlight=False, soft_wrap=True)
+            self.console.print(reply or NOTHING, markup=False, highlight=False, soft_wrap=True)
         self.messages = [*messages, {"role": "assistant", "content": reply}]
         taken = f"{decoded.summary(0)}; {decoded.memory_seconds + decoded.seconds:.1f} s"
         self.console.print(taken, style="dim", highlight=False, soft_wrap=True)
@@ -114,7 +115,7 @@ class Chat:
             live.update(painted(self.decoder, before, before), refresh=True)
             decoded = self.decoder.answer([prompt], self.config, with_memory=self.with_memory, on_step=paint)
             reply = self.decoder.text(decoded.output.answers[0].tolist())
-            live.update(Text(reply), refresh=True)
+            live.update(Text(reply or NOTHING), refresh=True)
         return reply, decoded
 
 
