@@ -146,6 +146,16 @@ def test_the_models_own_wrong_tokens(make_trainer, llada2_tokenizer, name: str) 
     assert torch.equal(edited["noised_ids"].flatten()[same], batch["noised_ids"].flatten()[same])
 
 
+@pytest.mark.parametrize("name", ["bd3lm", "bd3lm with memory"])
+def test_asking_the_model_under_autocast_cuts_off_no_gradient(make_trainer, name: str) -> None:
+    """Copies of weights that autocast makes without gradients must not reach the training forward."""
+    trainer = make_trainer(name, edit_source="model", bf16=True, max_steps=1)
+    before = {key: value.clone() for key, value in trainer.lm.named_parameters()}
+    trainer.train()
+    still = [key for key, value in trainer.lm.named_parameters() if torch.equal(value, before[key])]
+    assert still == []
+
+
 @pytest.mark.parametrize("source", ["random", "model"])
 @pytest.mark.parametrize("name", TRAINERS)
 def test_both_losses_fall(make_trainer, name: str, source: str) -> None:
