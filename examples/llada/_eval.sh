@@ -23,12 +23,13 @@ ruler=(
     --metadata '{"max_seq_lengths": [4096, 8192]}'
     --max_length 8192
 )
-# The tasks of the paper's table. Their texts are often longer than the model's window, so they are cut on the left.
+# The tasks of the paper's table. Their texts are often longer than the model's window, so they are cut on the left;
+# decoded greedily, though these tasks ask for sampling at temperature 1.
 longbench=(
     --tasks "$(printf 'longbench_%s,' triviaqa passage_retrieval_en passage_retrieval_zh multifieldqa_en multifieldqa_zh \
         2wikimqa dureader multi_news trec samsum lcc)longbench_repobench-p"
     --max_length 8192 --max_new_tokens 256 --steps 128 --block_size 128
-    --extra_model_args truncation=left
+    --extra_model_args truncation=left,temperature=0
 )
 memory=(
     --extra_model_args "mem_enabled=True,mem_masking_strategy=pmc,mem_num_inner_steps=2,mem_inner_loss_type=ce"
