@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, make_dataclass
 from typing import Any
 
-from dllm.core.eval import BaseEvalHarness, MDLMEvalConfig, MDLMEvalHarness
+from dllm.core.eval import BaseEvalHarness, BlockEvalConfig, BlockEvalHarness, MDLMEvalConfig, MDLMEvalHarness
 from dllm.utils.parsing import InputError
 from memdlm.memory.config import FLAG_PREFIX, MemoryConfig, decoding_fields
 from memdlm.memory.parametric import ParametricMemory
@@ -70,6 +70,11 @@ class MemoryArguments(_MemoryFields):  # pyright: ignore[reportGeneralTypeIssues
 @dataclass
 class MemoryEvalConfig(MemoryArguments, MDLMEvalConfig):  # pyright: ignore[reportGeneralTypeIssues]
     """`MDLMEvalConfig` with memory."""
+
+
+@dataclass
+class MemoryBlockEvalConfig(MemoryArguments, BlockEvalConfig):  # pyright: ignore[reportGeneralTypeIssues]
+    """`BlockEvalConfig` with memory."""
 
 
 class MemoryHarness(BaseEvalHarness):
@@ -161,3 +166,9 @@ class MemoryMDLMHarness(MemoryHarness, MDLMEvalHarness):
     """`MDLMEvalHarness` with memory."""
 
     config_class = MemoryEvalConfig
+
+
+class MemoryBlockHarness(MemoryHarness, BlockEvalHarness):
+    """`BlockEvalHarness` with memory: written from a prompt before the cache of its finished blocks is filled."""
+
+    config_class = MemoryBlockEvalConfig
