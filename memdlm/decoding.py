@@ -1,8 +1,10 @@
 """Decode from flags: which model, how it samples, which memory. What the programs that talk to a model have in common.
 
 load_flags, sampler_flags, memory_flags = parse_args(LoadFlags, SamplerFlags, MemoryFlags)
-decoder = Decoder.from_flags(load_flags, memory_flags)
-decoded = decoder.answer([token_ids], sampler_config(sampler_flags), with_memory=True)
+sampler_class = find_sampler(load_flags, sampler_flags)
+config = sampler_config(sampler_flags, sampler_class)
+decoder = Decoder.from_flags(load_flags, memory_flags, sampler_class)
+decoded = decoder.answer([token_ids], config, with_memory=True)
 """
 
 from __future__ import annotations
@@ -12,13 +14,15 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, make_dataclass
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dllm.core.samplers import MDLM_PRESETS, BaseSamplerOutput, MDLMSampler, MDLMSamplerConfig
-from dllm.models.auto import load_model, load_tokenizer
+from dllm.core.samplers import BaseSampler, BaseSamplerConfig, BaseSamplerOutput, BlockSampler, MDLMSampler
+from dllm.models.auto import find_family, load_model, load_tokenizer
+from dllm.models.backbone import unwrap
+from dllm.models.spec import ModelSpec, spec_of
 from dllm.utils.args import ModelArguments
 from dllm.utils.parsing import InputError
 from memdlm.memory import WrittenMemory
@@ -26,6 +30,7 @@ from memdlm.memory.config import FLAG_PREFIX, IDLE_WITHOUT_LABELS, MemoryConfig,
 from memdlm.memory.parametric import ParametricMemory
 
 Observer = Callable[[torch.Tensor], None]
+SAMPLERS: dict[str, type[BaseSampler]] = {"mdlm": MDLMSampler, "block": BlockSampler}
 _LOAD_FIELDS = (
     *("model_name_or_path", "adapter_model_name_or_path", "base_model_name_or_path", "dtype", "attn_implementation"),
     *("load_in_4bit", "trust_remote_code"),
@@ -53,13 +58,23 @@ def _load_fields() -> list[tuple[str, Any, Any]]:
 
 
 def _sampler_fields() -> list[tuple[str, Any, Any]]:
-    hints = get_type_hints(MDLMSamplerConfig)
-    hints["suppress_tokens"] = list[int]  # what a command line can repeat
-    own = [
-        _flag(f.name, hints[f.name], f.default, "As in dllm.core.samplers.MDLMSamplerConfig.")
-        for f in dataclasses.fields(MDLMSamplerConfig)
+    """The settings of all samplers together: which one decodes is known only when the model is."""
+    help = "mdlm, or block for models that decode block by block. None: by the family."
+    presets = ", ".join(name for sampler in SAMPLERS.values() for name in sampler.presets)
+    made = [
+        _flag("sampler", Literal["mdlm", "block"], None, help),
+        _flag("preset", str, None, f"Published settings: {presets}. Flags win over it."),
     ]
-    return [_flag("preset", str, None, f"Published settings: {', '.join(MDLM_PRESETS)}. Flags win over it."), *own]
+    owners: dict[str, list[type[BaseSamplerConfig]]] = {}
+    for config in (sampler.config_class for sampler in SAMPLERS.values()):
+        for setting in dataclasses.fields(config):
+            owners.setdefault(setting.name, []).append(config)
+    for name, classes in owners.items():
+        hints = get_type_hints(classes[0])
+        hint = list[int] if name == "suppress_tokens" else hints[name]  # what a command line can repeat
+        where = " and ".join(config.__name__ for config in classes)
+        made.append(_flag(name, hint, classes[0].__dataclass_fields__[name].default, f"As in {where}."))
+    return made
 
 
 def _memory_fields() -> list[tuple[str, Any, Any]]:
@@ -78,19 +93,49 @@ SamplerFlags: Any = make_dataclass("SamplerFlags", _sampler_fields())
 MemoryFlags: Any = make_dataclass("MemoryFlags", _memory_fields())
 
 
-def sampler_config(flags: Any, **defaults: Any) -> MDLMSamplerConfig:
+def find_sampler(load_flags: Any, sampler_flags: Any) -> type[BaseSampler]:
+    """The sampler for the model of `load_flags` (a LoadFlags): what `sampler_flags` (a SamplerFlags) name, else what
+    its family decodes with. No weights are read.
+
+    Raises:
+        InputError: no such model; mdlm for a block-causal family; block for another one, without a block size.
+    """
+    family = find_family(load_flags.model_name_or_path, load_flags.base_model_name_or_path)
+    if sampler_flags.sampler is None:
+        return _own_sampler(family)
+    chosen = SAMPLERS[sampler_flags.sampler]
+    if chosen is MDLMSampler and family.attention == "block_causal":
+        raise InputError(f"{family.name} decodes block by block: drop --sampler mdlm")
+    is_asked_for = chosen is BlockSampler and family.attention != "block_causal"
+    if is_asked_for and sampler_flags.block_size is None and sampler_flags.preset is None:
+        raise InputError(
+            f"{family.name} decodes block by block only if it was trained by block diffusion: give the --block_size of "
+            "that training, or drop --sampler block"
+        )
+    return chosen
+
+
+def _own_sampler(family: ModelSpec) -> type[BaseSampler]:
+    return SAMPLERS["block" if family.attention == "block_causal" else "mdlm"]
+
+
+def sampler_config(flags: Any, sampler_class: type[BaseSampler], **defaults: Any) -> BaseSamplerConfig:
     """The sampler's settings: `flags` (a SamplerFlags) over its preset, that over `defaults`, those over the class's.
 
     Raises:
-        InputError: an unknown preset; those of MDLMSamplerConfig.
+        InputError: a preset or setting that the sampler does not have; those of its configuration.
     """
-    given = {name: value for name, value in vars(flags).items() if value is not None}
-    preset = given.pop("preset", None)
-    if preset is not None and preset not in MDLM_PRESETS:
-        raise InputError(f"--preset {preset!r} is unknown: choose one of {', '.join(MDLM_PRESETS)}")
+    given = {name: value for name, value in vars(flags).items() if value is not None and name != "sampler"}
+    preset, presets = given.pop("preset", None), sampler_class.presets
+    if preset is not None and preset not in presets:
+        raise InputError(f"--preset {preset!r} is none of {sampler_class.__name__}: choose one of {', '.join(presets)}")
+    known = {setting.name for setting in dataclasses.fields(sampler_class.config_class)}
+    idle = [name for name in given if name not in known]
+    if idle:
+        raise InputError(f"--{idle[0]} has no effect on {sampler_class.__name__}, which decodes this model: drop it")
     if "suppress_tokens" in given:
         given["suppress_tokens"] = tuple(given["suppress_tokens"])
-    return MDLMSamplerConfig(**{**defaults, **(MDLM_PRESETS[preset] if preset else {}), **given})
+    return sampler_class.config_class(**{**defaults, **(presets[preset] if preset else {}), **given})
 
 
 def memory_config(flags: Any) -> MemoryConfig:
@@ -146,19 +191,26 @@ class Decoder:
         model: a model of `dllm.models` in eval mode, plain, quantised or with an adapter.
         tokenizer: the one that belongs to it.
         config: settings of the memory; None: `with_memory` cannot be asked for.
+        sampler_class: what decodes; None: as the model's family does.
     """
 
     def __init__(
-        self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, config: MemoryConfig | None = None
+        self,
+        model: torch.nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        config: MemoryConfig | None = None,
+        sampler_class: type[BaseSampler] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.sampler = MDLMSampler(model, tokenizer)
-        self.memory = None if config is None else ParametricMemory(model, config)
+        self.sampler = (sampler_class or _own_sampler(spec_of(unwrap(model))))(model, tokenizer)
+        self.memory = None
+        if config is not None:
+            self.memory = ParametricMemory(model, config, mask_token_id=self.sampler.mask_token_id)
 
     @classmethod
-    def from_flags(cls, load_flags: Any, memory_flags: Any) -> Decoder:
+    def from_flags(cls, load_flags: Any, memory_flags: Any, sampler_class: type[BaseSampler] | None = None) -> Decoder:
         """A decoder of the model that `load_flags` (a LoadFlags) name; a memory can be asked for even if
-        `memory_flags` (a MemoryFlags) switch it off.
+        `memory_flags` (a MemoryFlags) switch it off. `sampler_class` as in the constructor (see `find_sampler`).
 
         Raises:
             InputError: those of load_model and MemoryConfig; a device that is not there.
@@ -169,12 +221,12 @@ class Decoder:
         model = load_model(name, **options, device=device)
         base, trust = options["base_model_name_or_path"], options["trust_remote_code"]
         tokenizer = load_tokenizer(name, base_model_name_or_path=base, model=model, trust_remote_code=trust)
-        return cls(model, tokenizer, config)
+        return cls(model, tokenizer, config, sampler_class)
 
     def answer(
         self,
         prompts: Sequence[Sequence[int]],
-        config: MDLMSamplerConfig,
+        config: BaseSamplerConfig,
         *,
         with_memory: bool = False,
         on_step: Observer | None = None,
@@ -185,7 +237,7 @@ class Decoder:
             prompts: token ids.
             config: of the sampler.
             with_memory: write a memory from every prompt first. It is gone afterwards, also after an exception.
-            on_step: see `MDLMSampler.sample`.
+            on_step: see `BaseSampler.sample`.
 
         Raises:
             InputError: a prompt that is empty, or leaves no room for the answer.
@@ -200,7 +252,7 @@ class Decoder:
     def infill(
         self,
         rows: Sequence[Sequence[int]],
-        config: MDLMSamplerConfig,
+        config: BaseSamplerConfig,
         *,
         with_memory: bool = False,
         on_step: Observer | None = None,

@@ -18,10 +18,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any, Literal, get_type_hints
 
-from dllm.core.samplers import MDLMSamplerConfig
+from dllm.core.samplers import BaseSamplerConfig
 from dllm.models.lora import is_adapter
 from dllm.utils.parsing import InputError, one_line_errors, parse_args
-from memdlm.decoding import Decoder, LoadFlags, MemoryFlags, SamplerFlags, memory_config, sampler_config
+from memdlm.decoding import (
+    Decoder,
+    LoadFlags,
+    MemoryFlags,
+    SamplerFlags,
+    find_sampler,
+    memory_config,
+    sampler_config,
+)
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.memory.prompts import WrittenMemory
@@ -164,7 +172,6 @@ def ask(words: Sequence[str]) -> None:
     (path, question), (options, load_flags, sampler_flags) = _arguments(
         words, "ask", ("MEMORY", "QUESTION"), AskOptions, AskLoadFlags, SamplerFlags
     )
-    config = sampler_config(sampler_flags, early_stop=True)
     if not question.strip():
         raise InputError("the question is empty: ask something")
     header = read_header(path)
@@ -174,7 +181,9 @@ def ask(words: Sequence[str]) -> None:
             raise InputError(f"{path} names no model: give --model_name_or_path")
         loading["model_name_or_path"] = header.base_model
         loading["adapter_model_name_or_path"] = loading["adapter_model_name_or_path"] or header.adapter
-    decoder = Decoder.from_flags(LoadFlags(**loading), MemoryFlags())
+    sampler_class = find_sampler(LoadFlags(**loading), sampler_flags)
+    config = sampler_config(sampler_flags, sampler_class, early_stop=True)
+    decoder = Decoder.from_flags(LoadFlags(**loading), MemoryFlags(), sampler_class)
     memory = _memory(decoder, header.settings())
     ids = _question_ids(decoder, question, options.chat)
     with memory.attached():
@@ -199,7 +208,7 @@ def _question_ids(decoder: Decoder, question: str, chat: bool) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
 
 
-def _answer(decoder: Decoder, ids: list[int], config: MDLMSamplerConfig, title: str) -> None:
+def _answer(decoder: Decoder, ids: list[int], config: BaseSamplerConfig, title: str) -> None:
     output = decoder.answer([ids], config).output
     assert output.answers is not None and output.nfe is not None
     print(f"\n{title} ({int(output.nfe[0])} forwards):\n{decoder.text(output.answers[0].tolist())}")

@@ -5,7 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from dllm.core.samplers import MDLM_PRESETS, MDLMSamplerConfig
+from dllm.core.samplers import (
+    BLOCK_PRESETS,
+    MDLM_PRESETS,
+    BlockSampler,
+    BlockSamplerConfig,
+    MDLMSampler,
+    MDLMSamplerConfig,
+)
 from dllm.models.tiny import make_tiny_checkpoint
 from dllm.utils import InputError, parse_args
 from memdlm import MemoryConfig, ParametricMemory
@@ -14,6 +21,7 @@ from memdlm.decoding import (
     LoadFlags,
     MemoryFlags,
     SamplerFlags,
+    find_sampler,
     memory_config,
     refuse_idle_memory,
     sampler_config,
@@ -68,22 +76,72 @@ def test_every_setting_of_the_sampler_is_a_flag() -> None:
         for name, value in words.items()
         for word in (f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)]))
     ]
-    assert vars(sampler_config(_flags(SamplerFlags, *line))) == words
-    assert sampler_config(_flags(SamplerFlags)) == MDLMSamplerConfig()
+    assert vars(sampler_config(_flags(SamplerFlags, *line), MDLMSampler)) == words
+    assert sampler_config(_flags(SamplerFlags), MDLMSampler) == MDLMSamplerConfig()
+
+
+def test_every_setting_of_the_block_sampler_is_a_flag() -> None:
+    words = {
+        "max_new_tokens": 7,
+        "block_size": 3,
+        "temperature": 0.5,
+        "seed": 4,
+        "early_stop": True,
+        "histories": True,
+        "steps_per_block": 2,
+        "min_transfer": 2,
+        "threshold": 0.7,
+        "top_k": 5,
+        "top_p": 0.75,
+        "editing_threshold": 0.25,
+        "max_post_steps": 3,
+        "use_cache": False,
+    }
+    assert {*words, "suppress_tokens", "steps"} == {knob.name for knob in dataclasses.fields(BlockSamplerConfig)}
+    line = [word for name, value in words.items() for word in (f"--{name}", str(value))]
+    assert vars(sampler_config(_flags(SamplerFlags, *line), BlockSampler)) == {
+        **words,
+        "suppress_tokens": (),
+        "steps": None,
+    }
+    quality = sampler_config(_flags(SamplerFlags, "--preset", "quality", "--threshold", "0.9"), BlockSampler)
+    assert quality == BlockSamplerConfig(**{**BLOCK_PRESETS["quality"], "threshold": 0.9})
+    with pytest.raises(InputError, match="steps has no effect on block decoding: give steps_per_block"):
+        sampler_config(_flags(SamplerFlags, "--steps", "4"), BlockSampler)
+    with pytest.raises(InputError, match="--remasking has no effect on BlockSampler, which decodes this model"):
+        sampler_config(_flags(SamplerFlags, "--remasking", "margin"), BlockSampler)
+
+
+def test_the_family_decides_how_is_decoded_unless_it_is_told(tmp_path) -> None:
+    folders = {name: str(make_tiny_checkpoint(tmp_path / name, name)) for name in ("llada_moe", "llada2_moe")}
+
+    def found(family: str, *words: str):
+        load = _flags(LoadFlags, "--model_name_or_path", folders[family])
+        return find_sampler(load, _flags(SamplerFlags, *words))
+
+    assert (found("llada_moe"), found("llada2_moe")) == (MDLMSampler, BlockSampler)
+    assert found("llada_moe", "--sampler", "block", "--block_size", "8") is BlockSampler
+    with pytest.raises(InputError, match="llada_moe decodes block by block only if it was trained by block diffusion"):
+        found("llada_moe", "--sampler", "block")
+    with pytest.raises(InputError, match="llada2_moe decodes block by block: drop --sampler mdlm"):
+        found("llada2_moe", "--sampler", "mdlm")
 
 
 def test_flags_win_over_the_preset_and_that_over_the_defaults_of_a_program() -> None:
     name, preset = next((name, preset) for name, preset in MDLM_PRESETS.items() if "block_size" in preset)
     config = sampler_config(
         _flags(SamplerFlags, "--preset", name, "--max_new_tokens", "31"),
+        MDLMSampler,
         max_new_tokens=9,
         block_size=1,
         early_stop=True,
     )
     assert (config.max_new_tokens, config.block_size, config.early_stop) == (31, preset["block_size"], True)
-    assert sampler_config(_flags(SamplerFlags, "--early_stop", "False"), early_stop=True).early_stop is False
-    with pytest.raises(InputError, match="--preset 'x' is unknown"):
-        sampler_config(_flags(SamplerFlags, "--preset", "x"))
+    assert (
+        sampler_config(_flags(SamplerFlags, "--early_stop", "False"), MDLMSampler, early_stop=True).early_stop is False
+    )
+    with pytest.raises(InputError, match="--preset 'x' is none of MDLMSampler"):
+        sampler_config(_flags(SamplerFlags, "--preset", "x"), MDLMSampler)
 
 
 def test_the_flags_of_the_memory_reach_its_settings() -> None:

@@ -100,6 +100,16 @@ def load_model(
     return model if adapter is None else load_adapter(model, adapter, is_trainable)
 
 
+def find_family(model_name_or_path: str, base_model_name_or_path: str | None = None) -> ModelSpec:
+    """The family of a checkpoint, or of the base of an adapter; no weights are read. Arguments as in load_model.
+
+    Raises:
+        InputError: no checkpoint, or one of no known family.
+    """
+    base, _ = _base_and_adapter(model_name_or_path, None, base_model_name_or_path)
+    return _read_config(base)[1]
+
+
 def load_tokenizer(
     model_name_or_path: str,
     *,

@@ -1,10 +1,10 @@
-"""examples/llada/chat.py and sample.py: in this process, through a pipe, and in a terminal."""
+"""Chat and sample: in this process, through a pipe, and in a terminal."""
 
-import importlib.util
 import io
 import os
 import pathlib
 import pty
+import runpy
 import select
 import signal
 import subprocess
@@ -14,26 +14,14 @@ import time
 import pytest
 from rich.console import Console
 
-from dllm.core.samplers import MDLMSamplerConfig
+from dllm.core.samplers import BLOCK_PRESETS, BlockSamplerConfig, MDLMSamplerConfig
 from dllm.models.tiny import make_tiny_checkpoint
 from dllm.utils import parse_args
+from memdlm import chat, sample
 from memdlm.decoding import Decoder, LoadFlags, MemoryFlags
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "examples" / "llada"
-
-
-def _load(name: str):
-    spec = importlib.util.spec_from_file_location(f"example_{name}", SCRIPTS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up by name
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-chat, sample = _load("chat"), _load("sample")
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +171,39 @@ def test_sample_prints_what_the_decoder_says(decoder, checkpoint, tmp_path, caps
     assert out.count("step 3: ") == 4 and "4 in one batch: " in out and "their memories" in out
 
 
+def test_a_block_causal_model_is_decoded_block_by_block(tmp_path, capsys, monkeypatch) -> None:
+    sizes = {"num_hidden_layers": 2, "num_experts": 4, "n_group": 2, "topk_group": 1, "initializer_range": 0.2}
+    folder = str(make_tiny_checkpoint(tmp_path / "tiny", "llada2_moe", **sizes))
+    load = ("--model_name_or_path", folder, "--device", "cpu")
+    settings = ("--preset", "quality", "--block_size", "8", "--max_new_tokens", "12")
+    own = Decoder.from_flags(*parse_args(LoadFlags, MemoryFlags, args=load))
+    config = BlockSamplerConfig(**{**BLOCK_PRESETS["quality"], "block_size": 8, "max_new_tokens": 12})
+    rows = [own.tokenizer(text)["input_ids"] for text in ("first", "a second one")]
+    for with_memory in (False, True):
+        flags = ("--prompt", "first", "a second one", "--mem_enabled", str(with_memory))
+        out = _sample(capsys, monkeypatch, *load, *settings, *flags)
+        for answer in own.answer(rows, config, with_memory=with_memory).output.answers.tolist():
+            assert f"\n{own.text(answer)}\n" in out
+    out = _sample(capsys, monkeypatch, *load, "--block_size", "8", "--infill", "x = [MASK*3] + y")
+    assert "3 forwards" in out or "4 forwards" in out  # one more where a block lies before
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    monkeypatch.setattr(sys, "argv", ["chat.py", *load, *settings])
+    chat.main()
+    prompt = _prompt(own, [{"role": "user", "content": "hello"}])
+    stopping = BlockSamplerConfig(**{**vars(config), "early_stop": True})
+    assert f"{own.text(own.answer([prompt], stopping).output.answers[0].tolist())}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["llada/chat.py", "llada/sample.py", "llada21/chat.py", "llada21/sample.py"])
+def test_the_examples_are_the_programs(script: str, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
+    shown = capsys.readouterr().out
+    assert left.value.code == 0 and "--editing_threshold" in shown and "--mem_inner_rank" in shown
+    assert ("--infill" in shown) == script.endswith("sample.py")
+
+
 def test_sample_fills_in_masks(decoder, checkpoint, capsys, monkeypatch) -> None:
     mask = decoder.tokenizer.mask_token
     texts = [f"def {mask}(a)", "x = [MASK*3] + [MASK]"]
@@ -206,6 +227,13 @@ def test_sample_fills_in_masks(decoder, checkpoint, capsys, monkeypatch) -> None
         (sample, ("--infill", "x", "--max_new_tokens", "3"), "--max_new_tokens has no effect on --infill"),
         (sample, ("--prompt", "x", "--mem_inner_lr", "1"), "--mem_inner_lr has no effect without --mem_enabled True"),
         (sample, ("--prompt", "x", "--steps", "0"), "steps must be at least 1"),
+        (sample, ("--prompt", "x", "--editing_threshold", "0.5"), "--editing_threshold has no effect on MDLMSampler"),
+        (
+            sample,
+            ("--prompt", "x", "--preset", "speed"),
+            "--preset 'speed' is none of MDLMSampler: choose one of llada",
+        ),
+        (chat, ("--sampler", "block"), "give the --block_size of that training"),
         (chat, ("--histories", "True"), "--histories has no effect here"),
         (chat, ("--mem_inner_rank", "0"), "mem_inner_rank must be an integer of at least 1"),
     ],

@@ -155,12 +155,17 @@ def test_wrong_flags_end_the_program_with_one_line(capsys, words, message: str) 
     assert end.value.code == 2 and message in error and error.count("\n") == 1
 
 
-def test_settings_out_of_range_are_refused_before_anything_is_read() -> None:
+def test_settings_out_of_range_are_refused_before_anything_is_loaded(
+    checkpoint, document, tmp_path, monkeypatch
+) -> None:
     words = ("write", "doc", "--out", "x", "--model_name_or_path", "m", "--mem_inner_rank", "0")
     with pytest.raises(InputError, match="mem_inner_rank must be"):
         recall.main(words)
+    out = tmp_path / "mem.safetensors"
+    _write(document, out, checkpoint)
+    monkeypatch.setattr(recall.Decoder, "from_flags", None)
     with pytest.raises(InputError, match="max_new_tokens"):
-        recall.main(("ask", "mem", "Where?", "--max_new_tokens", "0"))
+        recall.main(("ask", str(out), "Where?", "--max_new_tokens", "0"))
 
 
 def test_help_shows_the_arguments_and_the_flags(capsys) -> None:
