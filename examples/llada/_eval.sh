@@ -1,15 +1,8 @@
-# Sourced by eval_run.sh, eval_ruler.sh, eval_longbench.sh and their twins under mem/, which only choose defaults.
-#
-#   evaluate FLAG VALUE ... -- "$@"      # defaults of the script, then what the user typed (it wins)
-#
-# Runs from any folder, in the active Python environment, else in .venv of the repository; paths are relative to the
-# repository.
+# Sourced by eval_run.sh, eval_ruler.sh, eval_longbench.sh and their twins under mem/, which only choose defaults. See
+# ../_eval.sh.
 
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" && -x .venv/bin/python ]]; then
-    export PATH="$PWD/.venv/bin:$PATH"
-fi
-export TOKENIZERS_PARALLELISM=false
+adapter=llada
+source "$(dirname "${BASH_SOURCE[0]}")/../_eval.sh"
 
 # The published settings of each benchmark.
 babilong=(
@@ -31,12 +24,3 @@ longbench=(
     --max_length 8192 --max_new_tokens 256 --steps 128 --block_size 128
     --extra_model_args truncation=left,temperature=0
 )
-memory=(
-    --extra_model_args "mem_enabled=True,mem_masking_strategy=pmc,mem_num_inner_steps=2,mem_inner_loss_type=ce"
-    --extra_model_args "mem_prompt_mask_ratio=0.2,mem_inner_lr=0.1,mem_inner_grad_clip=1.0"
-    --extra_model_args "mem_inner_rank=32,mem_inner_alpha=64.0,mem_inner_layer_fraction=0.1"
-)
-
-evaluate() {
-    exec python examples/llada/_eval.py "$0" "$@"
-}

@@ -1,12 +1,8 @@
-"""The six evaluation scripts: what they start, and that they run to lm-eval's table on a tiny checkpoint."""
+"""The six evaluation scripts of examples/llada: what they start, and that they run to lm-eval's table."""
 
-import importlib.util
 import json
-import os
 import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,65 +10,12 @@ import torch
 from dllm.models.tiny import make_tiny_checkpoint
 from memdlm import MemoryConfig
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-SCRIPTS = ROOT / "examples" / "llada"
 PLAIN = ("eval_run.sh", "eval_ruler.sh", "eval_longbench.sh")
 ALL = (*PLAIN, *(f"mem/{name}" for name in PLAIN))
 FLAGS = (
     *("model_name_or_path", "adapter_model_name_or_path", "base_model_name_or_path", "num_gpu", "max_length"),
     *("max_new_tokens", "steps", "block_size", "cfg", "tasks", "metadata", "extra_model_args", "output_path", "limit"),
 )
-# Runs the script's own helper, and only writes down the evaluation that it would start.
-STAND_IN = """#!/usr/bin/env bash
-[[ "$1" == "-m" ]] || exec REAL "$@"
-printf '%s\\0' "$PWD" "$@" >"$CALL"
-"""
-
-
-def _environment(**changes: str) -> dict[str, str]:
-    path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1", **changes}
-
-
-def _run(script: str, *flags: str, cwd: pathlib.Path, **changes: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", str(SCRIPTS / script), *flags],
-        env=_environment(**changes),
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-@pytest.fixture
-def started(tmp_path):
-    """A function (script, *flags) -> the options of the evaluation that it starts, its model arguments as a dict."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    (folder / "python").write_text(STAND_IN.replace("REAL", sys.executable))
-    (folder / "python").chmod(0o755)
-
-    def start(script: str, *flags: str) -> dict:
-        path = f"{folder}{os.pathsep}{os.environ['PATH']}"
-        done = _run(script, "--num_gpu", "0", *flags, cwd=tmp_path, PATH=path, CALL=str(tmp_path / "call"))
-        assert done.returncode == 0, done.stderr
-        where, *words = (tmp_path / "call").read_text().split("\0")[:-1]
-        assert pathlib.Path(where) == ROOT and words[:3] == ["-m", "memdlm.eval.llada", "run"]
-        assert done.stdout.startswith("$ python -m memdlm.eval.llada run --model llada")
-        options = dict(zip(words[3::2], words[4::2], strict=True))
-        return {**options, "--model_args": json.loads(options["--model_args"])}
-
-    return start
-
-
-@pytest.fixture(scope="module")
-def helper():
-    spec = importlib.util.spec_from_file_location("eval_helper", SCRIPTS / "_eval.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_each_script_starts_its_benchmark_on_the_cpu(started) -> None:
@@ -82,7 +25,7 @@ def test_each_script_starts_its_benchmark_on_the_cpu(started) -> None:
         "eval_ruler.sh": ("niah_multivalue,ruler_vt,ruler_cwe", {"max_length": 8192}),
     }
     for script, (tasks, sizes) in wanted.items():
-        options = started(script)
+        options = started(f"llada/{script}")
         assert options["--tasks"] == tasks and options["--model"] == "llada" and options["--device"] == "cpu"
         answers = options["--model_args"].pop("answers_dir")
         assert pathlib.Path(answers).parent == pathlib.Path(options["--output_path"])
@@ -97,7 +40,7 @@ def test_every_default_task_is_one_of_lm_eval(started) -> None:
     known = {name for path in files for name in re.findall(r"^(?:task|group): ([\w-]+)", path.read_text(), re.M)}
     counts = {}
     for script in PLAIN:
-        tasks = started(script)["--tasks"].split(",")
+        tasks = started(f"llada/{script}")["--tasks"].split(",")
         counts[script] = len(set(tasks))
         assert set(tasks) <= known, set(tasks) - known
     assert counts == {"eval_run.sh": 1, "eval_ruler.sh": 3, "eval_longbench.sh": 12}
@@ -105,7 +48,7 @@ def test_every_default_task_is_one_of_lm_eval(started) -> None:
 
 @pytest.mark.parametrize("script", PLAIN)
 def test_a_twin_differs_from_its_script_by_the_published_memory(started, script: str) -> None:
-    plain, twin = started(script), started(f"mem/{script}")
+    plain, twin = started(f"llada/{script}"), started(f"llada/mem/{script}")
     assert plain.pop("--output_path") != twin.pop("--output_path")
     plain_args, twin_args = plain.pop("--model_args"), twin.pop("--model_args")
     assert plain == twin
@@ -119,7 +62,7 @@ def test_a_twin_differs_from_its_script_by_the_published_memory(started, script:
 
 def test_flags_win_over_the_script_and_extra_arguments_over_flags(started) -> None:
     options = started(
-        "mem/eval_run.sh",
+        "llada/mem/eval_run.sh",
         *(
             "--model_name_or_path",
             "a folder/with,comma",
@@ -141,17 +84,17 @@ def test_flags_win_over_the_script_and_extra_arguments_over_flags(started) -> No
 
 
 def test_the_default_metadata_goes_with_the_default_tasks_alone(started) -> None:
-    assert json.loads(started("eval_run.sh")["--metadata"]) == {"max_seq_lengths": "1k"}
-    assert json.loads(started("eval_ruler.sh")["--metadata"]) == {"max_seq_lengths": [4096, 8192]}
-    assert "--metadata" not in started("eval_run.sh", "--tasks", "memdlm_babilong")
-    given = started("eval_run.sh", "--tasks", "memdlm_babilong", "--metadata", '{"lengths": "2k,4k"}')
+    assert json.loads(started("llada/eval_run.sh")["--metadata"]) == {"max_seq_lengths": "1k"}
+    assert json.loads(started("llada/eval_ruler.sh")["--metadata"]) == {"max_seq_lengths": [4096, 8192]}
+    assert "--metadata" not in started("llada/eval_run.sh", "--tasks", "memdlm_babilong")
+    given = started("llada/eval_run.sh", "--tasks", "memdlm_babilong", "--metadata", '{"lengths": "2k,4k"}')
     assert json.loads(given["--metadata"]) == {"lengths": "2k,4k"}
 
 
 def test_several_gpus_are_launched_on_a_free_port(helper) -> None:
     defaults = ["--tasks", "memdlm_ruler", "--output_path", "here", "--"]
     for num_gpu in (1, 4):
-        words = helper.command(helper.parse("eval.sh", [*defaults, "--num_gpu", str(num_gpu)]))
+        words = helper.command("llada", helper.parse("llada", "eval.sh", [*defaults, "--num_gpu", str(num_gpu)]))
         assert words[:4] == ["accelerate", "launch", "--num_processes", str(num_gpu)]
         launch, rest = words[: words.index("memdlm/eval/llada.py")], words[words.index("memdlm/eval/llada.py") :]
         assert ("--multi_gpu" in launch) == (num_gpu > 1) and "--device" not in rest
@@ -159,8 +102,8 @@ def test_several_gpus_are_launched_on_a_free_port(helper) -> None:
 
 
 @pytest.mark.parametrize("script", ALL)
-def test_an_unknown_flag_is_one_line_with_all_flags(tmp_path, script: str) -> None:
-    done = _run(script, "--step", "4", cwd=tmp_path)
+def test_an_unknown_flag_is_one_line_with_all_flags(run_script, script: str) -> None:
+    done = run_script(f"llada/{script}", "--step", "4")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and script in done.stderr
     assert all(f"--{name} " in done.stderr for name in FLAGS)
@@ -179,22 +122,22 @@ def test_an_unknown_flag_is_one_line_with_all_flags(tmp_path, script: str) -> No
 )
 def test_a_wrong_value_is_one_line(helper, capsys, flags: tuple[str, ...], message: str) -> None:
     with pytest.raises(SystemExit) as stopped:
-        helper.parse("eval.sh", ["--tasks", "x", "--", *flags])
+        helper.parse("llada", "eval.sh", ["--tasks", "x", "--", *flags])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_gpus_that_are_not_there_are_one_line(tmp_path) -> None:
-    done = _run("eval_run.sh", cwd=tmp_path)
+def test_gpus_that_are_not_there_are_one_line(run_script) -> None:
+    done = run_script("llada/eval_run.sh")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "--num_gpu 1, but torch finds 0 CUDA devices" in done.stderr
 
 
 @pytest.mark.parametrize("script", ALL)
-def test_help_lists_the_flags_and_the_defaults(tmp_path, script: str) -> None:
-    done = _run(script, "-h", cwd=tmp_path)
+def test_help_lists_the_flags_and_the_defaults(run_script, script: str) -> None:
+    done = run_script(f"llada/{script}", "-h")
     assert done.returncode == 0 and done.stderr == ""
     assert all(f"--{name} " in done.stdout for name in FLAGS)
     assert ("mem_inner_rank" in done.stdout) == script.startswith("mem/")
@@ -208,7 +151,7 @@ def checkpoint(tmp_path_factory) -> str:
 @pytest.mark.parametrize(
     "script", [name if name == "mem/eval_ruler.sh" else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
 )
-def test_a_script_runs_to_the_table(checkpoint, tmp_path, script: str) -> None:
+def test_a_script_runs_to_the_table(run_script, checkpoint, tmp_path, script: str) -> None:
     flags = (
         "--model_name_or_path",
         checkpoint,
@@ -223,7 +166,7 @@ def test_a_script_runs_to_the_table(checkpoint, tmp_path, script: str) -> None:
     )
     flags += ("--block_size", "4", "--max_length", "1024", "--output_path", str(tmp_path / "out"))
     task, metadata = "memdlm_ruler_niah_single", '{"lengths": 512, "num_samples": 3}'
-    done = _run(script, *flags, "--tasks", task, "--metadata", metadata, cwd=tmp_path, HF_HUB_OFFLINE="1")
+    done = run_script(f"llada/{script}", *flags, "--tasks", task, "--metadata", metadata, HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(rf"\|{task}\s*\|.*\|acc ", done.stdout) and "|acc@512|" in done.stdout
     (file,) = (tmp_path / "out").glob("*/results_*.json")

@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# ../eval_run.sh with a memory written from each prompt (Parametric Memory), in its published setting.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../_eval.sh"
+evaluate "${babilong[@]}" "${memory[@]}" --output_path runs/eval/llada21-babilong-memory -- "$@"
