@@ -24,16 +24,19 @@ from lm_eval.tasks import TaskManager
 from rich.console import Console
 
 from dllm.core.eval.answers import checkpoint_stamp, request_key
-from dllm.core.eval.config import parse_model_args
+from dllm.core.eval.config import BaseEvalConfig, parse_model_args
 from dllm.core.eval.launch import TASKS_DIR
 from dllm.data.longcontext.settings import LongContextSettings, parse_lengths
+from dllm.models.auto import find_family
 from dllm.models.checkpoint import one_line
 from dllm.utils.parsing import InputError, one_line_errors, parse_args
-from memdlm.eval.harness import MemoryEvalConfig, MemoryMDLMHarness
+from memdlm.eval.harness import MemoryBlockHarness, MemoryHarness, MemoryMDLMHarness
 from memdlm.eval.sweep_report import Cell, draw, markdown
 from memdlm.memory.config import FLAG_PREFIX
 
 SETTINGS = ("plain", "memory")
+# By the attention of the model's family.
+HARNESSES: dict[str, type[MemoryHarness]] = {"bidirectional": MemoryMDLMHarness, "block_causal": MemoryBlockHarness}
 _MODEL_FLAGS = (
     *("adapter_model_name_or_path", "base_model_name_or_path", "load_in_4bit"),
     *("max_length", "max_new_tokens", "steps", "block_size"),
@@ -65,7 +68,10 @@ class SweepOptions:
     load_in_4bit: bool = _option(False, "Quantise the base weights to NF4 on loading (needs bitsandbytes).")
     max_length: int | None = _option(None, "Most tokens of prompt and answer, at least 2. None: the model's limit.")
     max_new_tokens: int | None = _option(None, "Tokens of an answer, at least 1. None: what the task asks for.")
-    steps: int | None = _option(None, "Denoising steps of an answer, at least 1. None: one per token.")
+    steps: int | None = _option(
+        None,
+        "Denoising steps of an answer, or of a block where the family decodes blocks, at least 1. None: one per token.",
+    )
     block_size: int | None = _option(None, "Tokens decoded before the next ones, at least 1. None: all at once.")
     data_dir: str | None = _option(None, "Folder with babi/*.txt and text/*.txt. None: made on the spot.")
     extra_model_args: str | None = _option(
@@ -132,20 +138,22 @@ def sweep(options: SweepOptions, console: Console) -> list[Cell]:
     lengths = parse_lengths(options.lengths)
     folder = pathlib.Path(options.output_dir)
     store = CellStore(folder / "cells.json")
+    family = find_family(options.model_name_or_path, options.base_model_name_or_path)
+    harness_class = HARNESSES[family.attention]
     configs = {
-        setting: parse_model_args(MemoryEvalConfig, options.model_args(setting))
+        setting: parse_model_args(harness_class.config_class, options.model_args(setting))
         for setting in _listed(options.settings)
     }
     cells = []
     for setting, config in configs.items():
-        harness: MemoryMDLMHarness | None = None  # loaded for the first cell that is not done
+        harness: MemoryHarness | None = None  # loaded for the first cell that is not done
         for task, length in ((task, length) for task in tasks for length in lengths):
             identity = _identity(options, config, task, length)
             found = store.get(identity)
             if found is None:
                 if harness is None:
                     arguments = {**options.model_args(setting), "answers_dir": str(folder / "answers")}
-                    harness = MemoryMDLMHarness(**arguments, batch_size=options.batch_size, device=options.device)
+                    harness = harness_class(**arguments, batch_size=options.batch_size, device=options.device)
                 console.print(f"[bold]{setting}[/bold] {task} at {length} tokens", highlight=False)
                 found = run_cell(harness, options, setting, task, length)
                 store.add(identity, found)
@@ -155,7 +163,7 @@ def sweep(options: SweepOptions, console: Console) -> list[Cell]:
     return cells
 
 
-def run_cell(harness: MemoryMDLMHarness, options: SweepOptions, setting: str, task: str, length: int) -> Cell:
+def run_cell(harness: MemoryHarness, options: SweepOptions, setting: str, task: str, length: int) -> Cell:
     """One task at one length, by lm-eval.
 
     Args:
@@ -220,7 +228,7 @@ def _known_tasks(names: Sequence[str]) -> list[str]:
     return list(names)
 
 
-def _identity(options: SweepOptions, config: MemoryEvalConfig, task: str, length: int) -> str:
+def _identity(options: SweepOptions, config: BaseEvalConfig, task: str, length: int) -> str:
     """Digest of everything that decides the answers of a cell."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "answers_dir"}
     names = (config.pretrained, config.adapter_model_name_or_path, config.base_model_name_or_path)

@@ -9,6 +9,7 @@ import sys
 import pytest
 from rich.console import Console
 
+from dllm.core.samplers import BlockSampler
 from dllm.models.tiny import make_tiny_checkpoint
 from dllm.utils import InputError
 from memdlm.eval import sweep as sweeping
@@ -73,7 +74,7 @@ class Scripted(MemoryMDLMHarness):
 
 @pytest.fixture
 def scripted(monkeypatch):
-    monkeypatch.setattr(sweeping, "MemoryMDLMHarness", Scripted)
+    monkeypatch.setitem(sweeping.HARNESSES, "bidirectional", Scripted)
     Scripted.asked, Scripted.stop_at = [], None
     return Scripted
 
@@ -183,6 +184,18 @@ def test_the_command_writes_the_table_and_the_picture(options, scripted, monkeyp
     assert row["by_depth"][2] == {"depth": 1.0, "accuracy": 0.0, "n": 1}
 
 
+def test_a_block_causal_family_is_decoded_block_by_block(options, tmp_path, monkeypatch) -> None:
+    seen, sample = [], BlockSampler.sample
+    monkeypatch.setattr(BlockSampler, "sample", lambda self, p, c: (seen.append(c), sample(self, p, c))[1])
+    sizes = {"num_hidden_layers": 2, "num_experts": 4, "n_group": 2, "topk_group": 1}
+    folder = str(make_tiny_checkpoint(tmp_path / "blocks", "llada2_moe", **sizes))
+    made = options(model_name_or_path=folder, num_samples=2, block_size=8, extra_model_args="editing_threshold=0.5")
+    plain, memory = sweep(made, _quiet())
+    assert (plain.setting, memory.setting, memory.num_without_memory) == ("plain", "memory", 0)
+    assert len(plain.all_scores) == len(memory.all_scores) == 2
+    assert {(config.block_size, config.editing_threshold) for config in seen} == {(8, 0.5)}
+
+
 def _cell(**changes) -> Cell:
     values = {
         "setting": "plain",
@@ -247,7 +260,9 @@ def test_what_the_adapter_or_the_tasks_refuse_is_told_before_the_model_is_loaded
     with pytest.raises(InputError, match="is no task of ours: choose from memdlm_babilong"):
         sweep(options(tasks="babilong_qa1"), _quiet())
     with pytest.raises(InputError, match="unknown model argument stepz"):
-        sweep(options(extra_model_args="stepz=3", model_name_or_path="nowhere"), _quiet())
+        sweep(options(extra_model_args="stepz=3"), _quiet())
+    with pytest.raises(InputError, match="nowhere is no folder here"):
+        sweep(options(model_name_or_path="nowhere"), _quiet())
     (tmp_path / "sweep").mkdir(exist_ok=True)
     (tmp_path / "sweep" / "cells.json").write_text('{"a')
     with pytest.raises(InputError, match="is damaged"):
