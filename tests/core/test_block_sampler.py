@@ -177,6 +177,26 @@ def test_infilling(make_model, family: str, settings: dict) -> None:
         assert batch.nfe is not None and single.nfe is not None and batch.nfe[row] == single.nfe[0]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_infilling_equals_a_naive_loop(make_model, use_cache: bool) -> None:
+    model = make_model("llada2_moe").double()
+    noised = torch.randint(0, 37, (1, 10), generator=torch.Generator().manual_seed(8))
+    noised[0, [1, 2, 6, 9]] = MASK  # 10 columns: the last block of 4 is cut short, and nothing stands behind it
+    wanted = noised[0].clone()
+    for start in (0, 4, 8):
+        while bool((wanted[start : start + 4] == MASK).any()):
+            seen = wanted[: start + 4]
+            logits = model(input_ids=seen[None], attention_mask=block_causal_mask(len(seen), 4)).logits[0]
+            logits[:, MASK] = -torch.inf
+            best = torch.softmax(logits, dim=-1).max(dim=-1)
+            in_block = torch.arange(len(seen)) >= start
+            place = int(torch.where((seen == MASK) & in_block, best.values, -1.0).argmax())
+            wanted[place] = best.indices[place]
+    output = _sampler(model).infill(noised, BlockSamplerConfig(block_size=4, use_cache=use_cache))
+    assert torch.equal(output.sequences[0], wanted)
+
+
 def test_infilling_sees_no_later_block(make_model) -> None:
     sampler = _sampler(make_model("llada2_moe"))
     noised = torch.randint(0, 37, (1, 12), generator=torch.Generator().manual_seed(5))

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from dllm.core.reveal import (
     get_num_transfer_tokens,
     hashed_uniform,
     mix_keys,
+    narrow,
     propose,
 )
 
@@ -137,3 +140,43 @@ def test_rows_may_have_their_own_number_of_steps() -> None:
         assert table[row].tolist() == own + [0] * (5 - len(own))
     with pytest.raises(ValueError, match="steps must be at least 1"):
         get_num_transfer_tokens(counts, torch.tensor([1, 0, 1, 1]))
+
+
+@pytest.mark.parametrize("remasking", ["low_confidence", "random"])
+def test_proposals_draw_what_their_keys_say(remasking: str) -> None:
+    logits = torch.randn(300, 11, generator=torch.Generator().manual_seed(1))
+    keys = mix_keys(torch.tensor(9), torch.arange(300))
+    tokens, scores = propose(logits, remasking, 0.7, keys)  # pyright: ignore
+    uniform = hashed_uniform(mix_keys(keys[:, None], torch.arange(1, 12)))
+    assert torch.equal(tokens, (logits.double() / 0.7 - torch.log(-torch.log(uniform))).argmax(dim=1))
+    if remasking == "random":  # a draw of its own, not one that has decided the token
+        assert torch.equal(scores, hashed_uniform(mix_keys(keys, 0)))
+    else:
+        torch.testing.assert_close(scores, torch.softmax(logits, dim=1).gather(1, tokens[:, None])[:, 0])
+
+
+def test_proposals_of_half_precision_logits_are_computed_in_float32() -> None:
+    logits = (torch.randn(50, 301, generator=torch.Generator().manual_seed(1)) * 0.3).bfloat16()
+    for remasking in ("low_confidence", "margin", "entropy"):
+        tokens, scores = propose(logits, remasking)  # pyright: ignore
+        wide_tokens, wide_scores = propose(logits.float(), remasking)  # pyright: ignore
+        assert scores.dtype == torch.float32
+        assert torch.equal(tokens, wide_tokens) and torch.equal(scores, wide_scores)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(3, None), (None, 0.6), (4, 0.7), (2, 0.99), (50, 0.01)])
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_narrowing_equals_sorting_each_row(top_k: int | None, top_p: float | None, temperature: float) -> None:
+    logits = torch.randn(20, 9, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    narrowed = narrow(logits, temperature, top_k, top_p)
+    for row, kept in zip(logits.tolist(), narrowed, strict=True):
+        best = sorted(range(9), key=lambda token: -row[token])[: top_k or 9]
+        if top_p is not None:  # shares among the top k
+            weights = [math.exp(row[token] / temperature) for token in best]
+            share, enough = 0.0, 0
+            while share < top_p:
+                share += weights[enough] / sum(weights)
+                enough += 1
+            best = best[:enough]
+        assert {token for token in range(9) if math.isfinite(kept[token])} == set(best)
+        assert all(float(kept[token]) == row[token] for token in best)

@@ -161,6 +161,41 @@ def test_infilling_a_batch_equals_its_singles(make_model, settings: dict) -> Non
         assert batch.nfe is not None and single.nfe is not None and batch.nfe[row] == single.nfe[0]
 
 
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "block_size": 4}, {"threshold": 0.2}])
+def test_infilling_ignores_what_is_padding(make_model, settings: dict) -> None:
+    sampler = _sampler(make_model().double())
+    noised = torch.randint(0, 37, (2, 12), generator=torch.Generator().manual_seed(5))
+    noised[0, 3:7] = MASK
+    noised[1, 8:] = MASK
+    real = torch.ones_like(noised)
+    real[0, 10:] = 0
+    noised[0, 10:] = MASK  # hidden, so nothing to fill in
+    output = sampler.infill(noised, MDLMSamplerConfig(**settings), real)
+    single = sampler.infill(noised[:1, :10], MDLMSamplerConfig(**settings))
+    assert torch.equal(output.sequences[:1, :10], single.sequences)
+    assert (output.sequences[0, 10:] == MASK).all()
+    assert output.num_committed is not None and output.num_committed.tolist() == [4, 4]
+    assert output.nfe is not None and single.nfe is not None and output.nfe[0] == single.nfe[0]
+
+
+@torch.no_grad()
+def test_guidance_of_infilling_hides_all_given_tokens(make_model) -> None:
+    model = make_model().double()
+    noised = _noised()[:1]
+    given = noised[0] != MASK
+    wanted = noised[0].clone()
+    for _ in range(int((~given).sum())):
+        free = model(input_ids=torch.where(given, MASK, wanted)[None]).logits[0]
+        logits = free + 1.6 * (model(input_ids=wanted[None]).logits[0] - free)
+        logits[:, MASK] = -torch.inf
+        best = torch.softmax(logits, dim=-1).max(dim=-1)
+        place = int(torch.where(wanted == MASK, best.values, -1.0).argmax())
+        wanted[place] = best.indices[place]
+    output = _sampler(model).infill(noised, MDLMSamplerConfig(cfg_scale=0.6))
+    assert torch.equal(output.sequences[0], wanted)
+    assert output.nfe is not None and output.nfe.tolist() == [10]
+
+
 @torch.no_grad()
 def _naive_cached(model, prompt: list[int], new: int, block_size: int, dual: bool) -> torch.Tensor:
     """Fast-dLLM's decoding with one token per step, with transformers' own cache."""

@@ -79,7 +79,7 @@ class _Rows:
 
     ids: torch.Tensor  # [B, L] int64
     is_masked: torch.Tensor  # [B, L] bool, positions still to be filled in
-    given: torch.Tensor  # [B, L] bool, tokens that no edit may touch
+    given: torch.Tensor  # [B, L] bool, tokens that no edit may touch: all but the masks
     length: torch.Tensor  # int64, columns that exist in a row: those behind are in nobody's sight
     prompt_length: torch.Tensor  # int64
     start: torch.Tensor  # int64, first column of the block that the row is in
@@ -252,8 +252,7 @@ class BlockSampler(BaseSampler):
             masked = _in_block(state.is_masked, state.start, size)
             editable = torch.zeros_like(masked)
             if settings.editing_threshold is not None:
-                exists = _columns(state.start, size) < state.length[:, None]
-                editable = ~masked & ~_in_block(state.given, state.start, size) & exists
+                editable = ~masked & ~_in_block(state.given, state.start, size)
             # The one question to the device: is anything left, and what is the next forward to look like?
             stale = state.active & state.is_stale & (state.step == 0)
             others = torch.where(state.active, state.start, state.start.max()).min()
@@ -354,8 +353,7 @@ class BlockSampler(BaseSampler):
         columns = state.start[:, None] + order  # [B, n]
         keys = None
         if state.keys is not None:
-            keys = mix_keys(mix_keys(state.keys, state.start // size), state.step)
-            keys = mix_keys(keys[:, None], columns).flatten()
+            keys = mix_keys(mix_keys(state.keys, state.step)[:, None], columns).flatten()
         tokens, scores = propose(
             logits, "low_confidence", settings.temperature, keys, banned, settings.top_k, settings.top_p
         )

@@ -116,11 +116,11 @@ class MDLMSampler(BaseSampler):
         settings = self._settings(config)
         if settings.early_stop:
             raise InputError("early_stop has no effect on infilling: drop it")
-        is_masked = noised_ids == self.mask_token_id
+        real = torch.ones_like(noised_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        is_masked = (noised_ids == self.mask_token_id) & real
         if self.spec.logit_shift and bool(is_masked[:, : self.spec.logit_shift].any()):
             raise InputError("the first token of a row is masked, which this model cannot predict: begin with a token")
         blocks = _blocks(0, noised_ids.shape[1], settings.block_size)
-        real = torch.ones_like(is_masked) if attention_mask is None else attention_mask.bool()
         canvas = _Canvas(
             ids=noised_ids.clone(),
             is_masked=is_masked,
@@ -211,7 +211,7 @@ class MDLMSampler(BaseSampler):
             candidates = masked.gather(1, order)  # [B, n], False where a row has fewer than n
             needed = candidates.any(dim=1) * len(passes)
             logits = self._guided(passes, canvas, columns, given, settings.cfg_scale)
-            keys = None if canvas.keys is None else _position_keys(canvas, columns, block, step)
+            keys = None if canvas.keys is None else _position_keys(canvas, columns, step)
             tokens, scores = propose(logits, settings.remasking, settings.temperature, keys, banned)
             tokens, scores = tokens.view_as(columns), scores.view_as(columns)
             chosen = choose_positions(scores, candidates, schedule[:, step])
@@ -325,11 +325,12 @@ def _steps_per_block(num_masked: torch.Tensor, steps: int | None) -> torch.Tenso
     return torch.minimum(share, num_masked).clamp(min=1)
 
 
-def _position_keys(canvas: _Canvas, columns: torch.Tensor, block: int, step: int) -> torch.Tensor:
-    """Keys of the draws at `columns` [B, n] in this step, int64 [B * n]; padding before a row does not change them."""
+def _position_keys(canvas: _Canvas, columns: torch.Tensor, step: int) -> torch.Tensor:
+    """Keys of the draws at `columns` [B, n] in this step of their block, int64 [B * n]; padding before a row does not
+    change them."""
     assert canvas.keys is not None
     places = columns if canvas.position_ids is None else canvas.position_ids.gather(1, columns)
-    return mix_keys(mix_keys(mix_keys(canvas.keys, block), step)[:, None], places).flatten()
+    return mix_keys(mix_keys(canvas.keys, step)[:, None], places).flatten()
 
 
 def _laid_out(ids: torch.Tensor, to_output: torch.Tensor | None) -> torch.Tensor:
