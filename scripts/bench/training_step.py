@@ -2,6 +2,7 @@
 
     python scripts/bench/training_step.py                                   # a 46 M LLaDA-MoE, one CPU thread
     python scripts/bench/training_step.py --lora True --mem_num_inner_steps 4
+    python scripts/bench/training_step.py --family llada2 --objective bd3lm # block diffusion on [x_t ; x_0]
     python scripts/bench/training_step.py --device cuda --dtype bfloat16
 
 A step is what Trainer does in one: training_step (forward, loss, backward), gradient clipping, AdamW, zero_grad. All
@@ -40,11 +41,11 @@ from step_parts import OPTIMIZER, OTHER, PARTS, PartClock, marking
 from dllm import utils
 from dllm.core.losses import loss_weights
 from dllm.core.noising import draw_times, make_generator
-from dllm.core.trainers import MDLMConfig, MDLMTrainer
+from dllm.core.trainers import BD3LMConfig, BD3LMTrainer, MDLMConfig, MDLMTrainer
 from dllm.core.trainers.meters import peak_memory_mib
 from dllm.data.collators import IGNORE_INDEX, Batch
 from dllm.models.lora import LoraSettings, add_lora
-from memdlm import MemDLMConfig, MemDLMTrainer
+from memdlm import MemBD3LMConfig, MemBD3LMTrainer, MemDLMConfig, MemDLMTrainer
 from memdlm.memory.config import flag_fields
 
 MAX_GRAD_NORM = 1.0
@@ -67,6 +68,8 @@ class Options(ModelOptions):
     time: float = option(0.5, f"Diffusion time t of every row (within {TIME_TOLERANCE}), in [0.01, 0.99].")
     lora: bool = option(False, "Train LoRA (r 32, alpha 64, every linear of the layers) instead of all weights.")
     gradient_checkpointing: bool = option(False, "Recompute activations in backward.")
+    objective: Literal["mdlm", "bd3lm"] = option("mdlm", "Masked diffusion, or block diffusion on [x_t ; x_0].")
+    block_size: int | None = option(None, "Tokens of a block, at least 1. None: the family's own, or 32; for bd3lm.")
     compare_full_vocabulary: bool = option(
         False, "Also time a plain step with logits and cross-entropy at all positions, masked afterwards."
     )
@@ -81,6 +84,10 @@ class Options(ModelOptions):
             raise utils.InputError(f"--prompt_length must be below --length {self.length}, got {self.prompt_length}")
         if not 0.01 <= self.time <= 0.99:
             raise utils.InputError(f"--time must lie in [0.01, 0.99], got {self.time}")
+        if self.objective == "mdlm" and self.block_size is not None:
+            raise utils.InputError("--block_size has no effect without --objective bd3lm: drop it")
+        if self.objective == "bd3lm" and self.compare_full_vocabulary:
+            raise utils.InputError("--compare_full_vocabulary is for --objective mdlm: drop one of them")
 
 
 class FullVocabularyTrainer(MDLMTrainer):
@@ -95,10 +102,14 @@ class FullVocabularyTrainer(MDLMTrainer):
         return nll.sum() / inputs["num_maskable"].sum(), outputs
 
 
-TRAINERS: dict[str, type[MDLMTrainer]] = {
-    PLAIN: MDLMTrainer,
-    MEMDLM: MemDLMTrainer,
-    FULL_VOCABULARY: FullVocabularyTrainer,
+# (trainer, its settings) of each kind, by objective.
+TRAINERS: dict[str, dict[str, tuple[type[MDLMTrainer], type[MDLMConfig]]]] = {
+    "mdlm": {
+        PLAIN: (MDLMTrainer, MDLMConfig),
+        MEMDLM: (MemDLMTrainer, MemDLMConfig),
+        FULL_VOCABULARY: (FullVocabularyTrainer, MDLMConfig),
+    },
+    "bd3lm": {PLAIN: (BD3LMTrainer, BD3LMConfig), MEMDLM: (MemBD3LMTrainer, MemBD3LMConfig)},
 }
 
 
@@ -111,10 +122,12 @@ def make_settings(options: Options, memory_flags: dict[str, Any], folder: str) -
         "logging_strategy": "no",
         "save_strategy": "no",
     }
-    settings = {PLAIN: MDLMConfig(**common), MEMDLM: MemDLMConfig(**common, mem_enabled=True, **memory_flags)}
+    if options.objective == "bd3lm":  # one time per row, so that --time says how much is masked
+        common |= {"block_size": options.block_size, "time_per": "row"}
+    own: dict[str, dict[str, Any]] = {PLAIN: {}, MEMDLM: {"mem_enabled": True, **memory_flags}}
     if options.compare_full_vocabulary:
-        settings[FULL_VOCABULARY] = MDLMConfig(**common)
-    return settings
+        own[FULL_VOCABULARY] = {}
+    return {kind: TRAINERS[options.objective][kind][1](**common, **flags) for kind, flags in own.items()}
 
 
 class Bench:
@@ -126,7 +139,7 @@ class Bench:
         if options.lora:
             self.model = add_lora(self.model, LoraSettings(r=32, alpha=64, dropout=0.0), options.seed)
         self.trainers = {
-            kind: TRAINERS[kind](model=self.model, args=args, processing_class=tokenizer)
+            kind: TRAINERS[options.objective][kind][0](model=self.model, args=args, processing_class=tokenizer)
             for kind, args in settings.items()
         }
         for trainer in self.trainers.values():

@@ -125,3 +125,19 @@ def test_a_wrong_memory_setting_is_one_line() -> None:
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.splitlines()[-1].startswith("mem_inner_lr must be at least 0")
     assert "Traceback" not in done.stderr
+
+
+def test_block_diffusion_steps(tmp_path, run_here) -> None:
+    sizes = ("--family", "llada2", "--objective", "bd3lm", "--block_size", "8", "--peak_memory", "False")
+    shown = run_here(*sizes, "--json", str(tmp_path / "out.json"))
+    results = json.loads((tmp_path / "out.json").read_text())
+    _check(shown, results)
+    assert results["options"]["objective"] == "bd3lm"
+    # Both kinds see the same masks: their first losses differ by what the memory does alone.
+    plain, memdlm = (results["losses"][kind][0] for kind in ("plain", "memdlm"))
+    assert plain == pytest.approx(memdlm, rel=0.1)
+
+
+def test_block_size_needs_block_diffusion() -> None:
+    done = _run("--block_size", "8")
+    assert done.returncode == 2 and "no effect without --objective bd3lm" in done.stderr
