@@ -1,13 +1,15 @@
 """Documents of the long-context tasks: lengths, what is hidden in them, where, and what they depend on."""
 
 import json
+import math
 import random
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
-from dllm.data.longcontext import babilong, babilong_dataset, ruler_dataset
+from dllm.data.longcontext import babilong, babilong_dataset, ruler, ruler_dataset
 from dllm.data.longcontext.babi import load_babi
 from dllm.data.longcontext.babilong import TASKS as BABILONG
 from dllm.data.longcontext.prompts import largest_fitting, place
@@ -177,6 +179,22 @@ def test_the_frequent_words_are_ahead_of_every_other(folders, kind, length):
         assert doc["depth"] is None
 
 
+def test_at_every_size_of_the_coded_text_three_words_are_ahead():
+    scene = SimpleNamespace(rng=random.Random)
+    (sample,) = ruler.TASKS["fwe"][0](scene)(0, 2000)
+    right = 0
+    for size in range(1, 2001):
+        third, fourth = (int(size * 6 / (math.pi * rank) ** 2) for rank in (4, 5))  # the dots are the first rank
+        right += third > fourth
+    assert sample.least == 0 and sample.most + 1 == right
+    for amount in range(right):
+        content = sample.build(amount)
+        counts = Counter(content.prompt.text.split("\n")[1].split())
+        counts.pop("...")
+        *_, third = named = [counts.pop(word) for word in content.columns["outputs"]]
+        assert len(named) == 3 and third == min(named) > max(counts.values(), default=0)
+
+
 @pytest.fixture(scope="module")
 def solve():
     """The reader of the stories' tests."""
@@ -214,7 +232,7 @@ def test_the_facts_stand_in_order_in_the_text_and_give_the_target(folders, solve
             assert doc["target"] in doc["labels"]
             if doc["length"] == 0:
                 assert doc["input"] == " ".join(facts)
-            elif task != "memdlm_babilong_qa3":
+            else:
                 # The same question at every length: scores of two lengths differ by the background alone.
                 assert facts == FACT.findall(alone[doc["index"]]["input"])
             first = _first_supporting(doc, facts)
@@ -231,6 +249,25 @@ def _first_supporting(doc, facts):
     others = [len(doc["input"]) - len(fact) for fact in facts]
     (index,) = [i for i in range(len(facts)) if others[i] and doc["depth"] == pytest.approx(at[i] / others[i])]
     return index
+
+
+@pytest.mark.parametrize(
+    ("task", "lengths"), [("memdlm_babilong_qa2", "800,0k,1k,2k"), ("memdlm_babilong_qa3", "1100,1300,2k,0k")]
+)
+@pytest.mark.parametrize("depths", [None, [0, 0.5, 1]])
+def test_questions_too_long_for_one_length_are_asked_at_none(folders, task, lengths, depths):
+    docs = _made(task, folders["bytes"], lengths, 6, depths=depths)
+    asked = {}
+    for doc in docs:
+        asked.setdefault(doc["length"], {})[doc["index"]] = FACT.findall(doc["input"]), doc["question"], doc["target"]
+    smallest, *others = (questions for length, questions in sorted(asked.items()) if length)
+    assert list(smallest) == list(range(6)) and len(others) == 2
+    assert all(questions == smallest for questions in (*others, asked[0]))
+    # Some were passed over, and those that are left kept their order.
+    every = _made(task, folders["bytes"], "0k", 40)
+    every = [(FACT.findall(doc["input"]), doc["question"], doc["target"]) for doc in every]
+    places = [every.index(question) for question in smallest.values()]
+    assert places == sorted(set(places)) != list(range(6))
 
 
 def test_asked_depths_are_met_as_far_as_the_other_facts_allow(folders):

@@ -72,6 +72,16 @@ def test_every_setting_arrives(tiny_folder):
     assert not any(value == defaults.__dict__[name] for name, value in dataclasses.asdict(settings).items())
 
 
+@pytest.fixture
+def memory_arguments():
+    """Names of the memory's arguments, which are known once an adapter is loaded."""
+    pytest.importorskip("lm_eval")
+    from memdlm.eval.harness import MemoryEvalConfig
+
+    return [item.name for item in dataclasses.fields(MemoryEvalConfig) if item.name.startswith("mem_")]
+
+
+@pytest.mark.usefixtures("memory_arguments")
 def test_arguments_of_the_model_are_let_through_and_other_keys_refused(tiny_folder):
     model = {"pretrained": str(tiny_folder), "steps": 4, "block_size": 8, "mc_num": 2, "mem_num_inner_steps": 3}
     model |= {"load_in_4bit": False, "version": 1.0, "config_source": "x.yaml", "seed": 5}
@@ -83,6 +93,14 @@ def test_arguments_of_the_model_are_let_through_and_other_keys_refused(tiny_fold
             make(task, **model, lenghts="1k", max_seq_lengths=[4096])
         known = "known: lengths, num_samples, data_seed, tokenizer, data_dir, depths"
         assert str(caught.value).startswith(f"{task}: unknown metadata lenghts, max_seq_lengths; {known}")
+
+
+@pytest.mark.parametrize("key", ["mem_foo", "mem_", "mem_inner_lrr"])
+def test_of_the_memory_too_only_known_arguments_pass(tiny_folder, memory_arguments, key):
+    assert len(memory_arguments) > 20
+    read_metadata({"pretrained": str(tiny_folder), **dict.fromkeys(memory_arguments, 1)})
+    with pytest.raises(InputError, match=f"unknown metadata {key}; known: lengths"):
+        read_metadata({"pretrained": str(tiny_folder), key: 1})
 
 
 def test_the_tokenizer_of_the_metadata_goes_before_that_of_the_model(tiny_folder, tmp_path):

@@ -16,6 +16,7 @@ from dllm.data.longcontext.scoring import babilong_results, ruler_results  # noq
 from dllm.models.auto import load_tokenizer  # noqa: E402
 from dllm.models.tiny import make_tiny_checkpoint  # noqa: E402
 from dllm.utils.parsing import InputError  # noqa: E402
+from memdlm.eval import llada  # noqa: E402, F401 - its arguments (mem_*) are let through where it is loaded
 
 TASKS = pathlib.Path(__file__).resolve().parents[2] / "lm-evaluation-harness" / "tasks"
 BUILT_IN = pathlib.Path(lm_eval.__file__).parent / "tasks"

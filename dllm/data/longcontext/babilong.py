@@ -141,6 +141,7 @@ def babilong_dataset(task_name: str, **metadata: Any) -> dict[str, datasets.Data
     Columns: those of `make_row`, `input` (the text), `question`, `target`, `labels` (every answer that the task knows)
     and `num_facts`. A prompt, with the examples and the chat template if the tokenizer has one, and the answer together
     have at most `length` tokens; at length 0 the text holds the facts alone, as many tokens as they have.
+    The questions are those that fit into the smallest length above 0, and the same at all lengths.
 
     Args:
         task_name: "memdlm_babilong_qa1" to "memdlm_babilong_qa5".
@@ -155,9 +156,10 @@ def babilong_dataset(task_name: str, **metadata: Any) -> dict[str, datasets.Data
         questions = _questions(qa, settings)
         labels = sorted({question.answer for question in questions})
         maker = _Maker(task_name, TASKS[qa], settings, TokenCounter(tokenizer), questions, labels)
-        of_lengths = [maker.documents(length) for length in settings.lengths]
-    # All lengths of an index together: lm-eval's --limit takes the first rows.
-    return {"test": datasets.Dataset.from_list([row for rows in zip(*of_lengths, strict=True) for row in rows])}
+        # All lengths of an index together: lm-eval's --limit takes the first rows.
+        numbers = enumerate(maker.chosen())
+        rows = [maker.document(index, number, length) for index, number in numbers for length in settings.lengths]
+    return {"test": datasets.Dataset.from_list(rows)}
 
 
 def _questions(qa: str, settings: LongContextSettings) -> Sequence[Question]:
@@ -186,34 +188,46 @@ class _Maker:
     questions: Sequence[Question]
     labels: list[str]
 
-    def documents(self, length: int) -> list[dict[str, Any]]:
-        """One document per index. Questions whose facts alone are too long are passed over, as in BABILong."""
-        rows = []
-        for number, question in enumerate(self.questions):
-            sample = self.sample(number, question, length, len(rows))
-            content = sample.build(0) if length == _FACTS_ONLY else fit([sample], length, ANSWER_TOKENS, self.counter)
-            if content is not None:
-                rows.append(make_row(self.name, len(rows), length, content, self.counter))
-            if len(rows) == self.settings.num_samples:
-                return rows
-        enough = self.smallest_length(length)
-        if not rows:
-            raise too_short(length, enough)
+    def chosen(self) -> list[int]:
+        """The numbers of the questions to ask, one per index: the first whose facts fit into every length.
+
+        The others are passed over, as in BABILong, but at all lengths, so that the same questions are compared.
+        """
+        limit = min((length for length in self.settings.lengths if length != _FACTS_ONLY), default=None)
+        if limit is None:
+            return list(range(self.settings.num_samples))
+        numbers = []
+        for number in range(len(self.questions)):
+            if fit([self.sample(number)], limit, ANSWER_TOKENS, self.counter) is not None:
+                numbers.append(number)
+            if len(numbers) == self.settings.num_samples:
+                return numbers
+        enough = self.smallest_length()
+        if not numbers:
+            raise too_short(limit, enough)
         raise InputError(
-            f"only {len(rows)} of {len(self.questions)} questions fit into length {length}: give num_samples of at "
-            f"most {len(rows)}, or a length of at least {enough}"
+            f"only {len(numbers)} of {len(self.questions)} questions fit into length {limit}: give num_samples of at "
+            f"most {len(numbers)}, or a length of at least {enough}"
         )
 
-    def smallest_length(self, length: int) -> int:
+    def smallest_length(self) -> int:
         """The length into which as many questions fit as are asked for."""
-        samples = [self.sample(number, question, length, 0) for number, question in enumerate(self.questions)]
+        samples = [self.sample(number) for number in range(len(self.questions))]
         # What a chat template adds is the same for all, so that the plain prompts tell which are the shortest.
         samples.sort(key=lambda sample: self.counter.plain(sample.build(0).prompt))
         shortest = samples[: self.settings.num_samples]
         return max(smallest_length([sample], ANSWER_TOKENS, self.counter) for sample in shortest)
 
-    def sample(self, number: int, question: Question, length: int, index: int) -> Sample:
-        """Question `number` as document `index`, with an open number of sentences around its facts."""
+    def document(self, index: int, number: int, length: int) -> dict[str, Any]:
+        """Question `number`, one of `chosen()`, as document `index`."""
+        sample = self.sample(number, index, length)
+        content = sample.build(0) if length == _FACTS_ONLY else fit([sample], length, ANSWER_TOKENS, self.counter)
+        assert content is not None  # what fits into the smallest length fits into every other
+        return make_row(self.name, index, length, content, self.counter)
+
+    def sample(self, number: int, index: int = 0, most: int = 0) -> Sample:
+        """Question `number` as document `index`, with an open number of sentences, up to `most`, around its facts."""
+        question = self.questions[number]
         rng = sample_rng(self.settings, self.name, number)
         start = rng.random()
         fractions = sorted(rng.random() for _ in question.facts)
@@ -239,7 +253,7 @@ class _Maker:
             return Content(prompt, depth, columns)
 
         # A sentence has a token at least.
-        return Sample(build, least=0, most=length)
+        return Sample(build, least=0, most=most)
 
 
 def _names(question: Question) -> set[str]:

@@ -20,7 +20,6 @@ from dllm.models.checkpoint import one_line
 from dllm.utils.parsing import InputError
 
 TOKENS_PER_K = 1024
-MEMORY_PREFIX = "mem_"
 # What lm-eval itself puts beside the metadata of a task: `metadata` of its YAML file, and that file's path.
 _ADDED_BY_LM_EVAL = ("version", "config_source")
 _FORM = '"0k", "1k", 512, "1k,2k" or a list of these'
@@ -139,11 +138,8 @@ def read_metadata(metadata: Mapping[str, Any]) -> tuple[LongContextSettings, Pre
 
 
 def _check_keys(metadata: Mapping[str, Any], known: Sequence[str]) -> None:
-    unknown = [
-        key
-        for key in metadata
-        if key not in known and key not in _ADDED_BY_LM_EVAL and not key.startswith(MEMORY_PREFIX)
-    ]
+    unknown = sorted(set(metadata) - set(known) - set(_ADDED_BY_LM_EVAL))
+    # The names of the arguments are asked for only where they matter, since they need lm-eval.
     if unknown:
         unknown = sorted(set(unknown) - set(model_argument_names()))
     if unknown:
