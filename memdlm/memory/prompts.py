@@ -43,12 +43,7 @@ def token_ids(prompt: Prompt) -> list[int]:
 
 def write_prompts(memory: ParametricMemory, prompts: Sequence[Prompt], batch_size: int) -> list[WrittenMemory]:
     """See `ParametricMemory.write_prompts`."""
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size} but must be at least 1 prompt per pass")
-    if batch_size > 1 and not memory.fast.by_row:
-        raise InputError(
-            "several prompts in one pass would share one memory (mem_scope=batch): use mem_scope row, or batch_size 1"
-        )
+    check_batch_size(memory, batch_size)
     if not memory.fast.is_attached:
         raise RuntimeError("a memory is written inside `with memory.attached():`")
     rows = [token_ids(prompt) for prompt in prompts]
@@ -62,6 +57,20 @@ def write_prompts(memory: ParametricMemory, prompts: Sequence[Prompt], batch_siz
             chosen = order[start : start + batch_size]
             written.update(zip(chosen, _write_pass(memory, [rows[index] for index in chosen]), strict=True))
     return [written[index] for index in range(len(rows))]
+
+
+def check_batch_size(memory: ParametricMemory, batch_size: int) -> None:
+    """Nothing, if that many prompts can be written in one pass.
+
+    Raises:
+        InputError: batch_size below 1, or above 1 with scope batch.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size} but must be at least 1 prompt per pass")
+    if batch_size > 1 and not memory.fast.by_row:
+        raise InputError(
+            "several prompts in one pass would share one memory (mem_scope=batch): use mem_scope row, or batch_size 1"
+        )
 
 
 def stack_memories(memories: Sequence[WrittenMemory], fast: FastWeights, shared: bool) -> torch.Tensor | None:
@@ -99,8 +108,10 @@ def _failed(memory: ParametricMemory, num_tokens: int, reason: str) -> WrittenMe
 def _write_pass(memory: ParametricMemory, rows: Sequence[Sequence[int]]) -> list[WrittenMemory]:
     try:
         return _write_together(memory, rows)
-    except torch.OutOfMemoryError:
-        pass  # Gone on with below: in here the error still holds the tensors of the failed pass.
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        # Gone on with below: in here the error still holds the tensors of the failed pass.
     if len(rows) == 1:
         reason = f"the device ran out of memory over its {len(rows[0])} tokens"
         return [_failed(memory, len(rows[0]), reason)]
@@ -109,6 +120,11 @@ def _write_pass(memory: ParametricMemory, rows: Sequence[Sequence[int]]) -> list
         "gets a pass of its own; a smaller mem_batch_size saves the attempt"
     )
     return [one for row in rows for one in _write_pass(memory, [row])]
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # The allocator of the CPU raises a plain RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _write_together(memory: ParametricMemory, rows: Sequence[Sequence[int]]) -> list[WrittenMemory]:

@@ -15,7 +15,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -27,7 +27,7 @@ from transformers import PreTrainedConfig
 from dllm.models.checkpoint import one_line, some_of
 from dllm.utils.parsing import InputError
 from memdlm.memory.config import FLAG_PREFIX, MemoryConfig
-from memdlm.memory.prompts import Prompt, WrittenMemory, token_ids
+from memdlm.memory.prompts import Prompt, WrittenMemory, check_batch_size, token_ids
 
 if TYPE_CHECKING:
     from memdlm.memory.parametric import ParametricMemory
@@ -79,7 +79,7 @@ class MemoryHeader:
         """The settings that the memory was written with.
 
         Raises:
-            InputError: this version does not know one of them.
+            InputError: this version does not know one of them; a value of another type; those of `MemoryConfig`.
         """
         known = [field.name for field in dataclasses.fields(MemoryConfig)]
         unknown = [name for name in self.memory_config if name not in known]
@@ -87,6 +87,7 @@ class MemoryHeader:
             raise InputError(
                 f"it was written with {', '.join(unknown)}, which this version does not know: use a newer version"
             )
+        _check_types(self.memory_config, MemoryConfig)
         return MemoryConfig(**self.memory_config)
 
 
@@ -105,21 +106,30 @@ class MemoryStore:
     Attributes:
         num_written: prompts that were written, failed ones included.
         num_reused: prompts that were asked for and needed no writing.
-        failures: (digest of the prompt and number of its tokens, why) of each prompt that has no memory.
         seconds: spent on writing.
+
+    Raises:
+        InputError: a capacity or a batch_size below 1; a batch_size above 1 with scope batch.
     """
 
     def __init__(self, memory: ParametricMemory, *, batch_size: int = 1, capacity: int = 16) -> None:
         if capacity < 1:
             raise InputError(f"the capacity of a MemoryStore is {capacity} but must be at least 1")
+        check_batch_size(memory, batch_size)
         self.memory = memory
         self.batch_size = batch_size
         self.capacity = capacity
         self.num_written = 0
         self.num_reused = 0
-        self.failures: list[tuple[str, str]] = []
         self.seconds = 0.0
+        self._failures: dict[str, tuple[str, str]] = {}  # by the whole digest of the prompt
         self._kept: OrderedDict[tuple[int, ...], WrittenMemory] = OrderedDict()
+
+    @property
+    def failures(self) -> list[tuple[str, str]]:
+        """(digest of the prompt and number of its tokens, why) of each prompt that could not be written, once each
+        however often that was tried."""
+        return list(self._failures.values())
 
     def get(self, prompts: Sequence[Prompt]) -> list[WrittenMemory]:
         """The memory of each prompt, in order; nothing is left in place (see `ParametricMemory.place`).
@@ -142,7 +152,8 @@ class MemoryStore:
         for key in missing:
             reason = found[key].failure
             if reason is not None:
-                self.failures.append((f"{_digest(repr(key).encode())[:12]} ({len(key)} tokens)", reason))
+                digest = _digest(repr(key).encode())
+                self._failures[digest] = (f"{digest[:12]} ({len(key)} tokens)", reason)
         for key in distinct:
             self._kept[key] = found[key]
             self._kept.move_to_end(key)
@@ -225,12 +236,35 @@ def read_header(path: str | os.PathLike[str]) -> MemoryHeader:
         if version != FORMAT_VERSION:
             raise InputError(f"it has format {version}, this version reads {FORMAT_VERSION}; write it again")
         header = MemoryHeader(**fields)
+        _check_types(fields, MemoryHeader)
         header.settings()  # whoever reads the header needs them
         return header
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise InputError(f"the header of {path} is damaged ({one_line(error)}): write it again") from error
     except InputError as error:
         raise InputError(f"{path} cannot be used: {error}") from error
+
+
+def _check_types(fields: dict[str, Any], declared: type) -> None:
+    """Refuses `fields`, as JSON gave them, whose types are not those of the dataclass."""
+    hints = get_type_hints(declared)
+    for name, value in fields.items():
+        if not _fits(value, hints[name]):
+            raise InputError(f"its {name} is {repr(value)[:40]}, which is no value for it; write it again")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return isinstance(value, str)  # which one is for the dataclass to say
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(one, *get_args(hint)) for one in value)
+    if get_origin(hint) is dict:
+        return isinstance(value, dict)
+    if get_args(hint):  # a union
+        return any(_fits(value, one) for one in get_args(hint))
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
 
 
 def load_memory(memory: ParametricMemory, path: str | os.PathLike[str]) -> WrittenMemory:

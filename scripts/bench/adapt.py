@@ -35,16 +35,23 @@ from rich.table import Table
 from dllm import utils
 from dllm.core.noising import make_generator
 from dllm.core.samplers import MDLMSampler, MDLMSamplerConfig
-from memdlm import MemoryConfig, ParametricMemory
-from memdlm.memory.config import flag_fields
+from memdlm.memory import MemoryConfig, ParametricMemory, WrittenMemory
+from memdlm.memory.config import IDLE_WITHOUT_LABELS, decoding_fields
 from memdlm.memory.inner_loop import clip_gradient
 from memdlm.memory.plan import InnerPlan
 
 OURS, REFERENCE = "write", "write, all logits"
 BATCH, SINGLES = "one batch", "one by one"
-# One memory per prompt and cross-entropy is what is compared, so these are no flags.
-FIXED = ("mem_enabled", "mem_scope", "mem_inner_loss_type", "mem_sync_inner")
-MemoryFlags = make_dataclass("MemoryFlags", [flag for flag in flag_fields() if flag[0] not in FIXED])
+# One memory per prompt and the mean cross-entropy is what is compared, so these are no flags.
+FIXED = ("enabled", "scope", "sync_inner", "inner_loss_type", "loss_weight_type", "loss_norm_type")
+# Without effect: knobs of the other inner losses, and what matters in training alone or not at all.
+IDLE = (
+    *("distill_temperature", "distill_hidden_type", "mask_ratio_epsilon", "inner_dropout"),
+    *("inner_gradient_checkpointing", *IDLE_WITHOUT_LABELS),
+)
+MemoryFlags = make_dataclass(
+    "MemoryFlags", [flag for flag in decoding_fields() if flag[0].removeprefix("mem_") not in (*FIXED, *IDLE)]
+)
 console = Console()
 
 
@@ -54,13 +61,33 @@ class Options(ModelOptions):
 
     batch_size: int = option(1, "Prompts; above 1 a batch is also timed against singles.")
     prompt_length: int = option(448, "Tokens of a prompt, at least 1.")
-    max_new_tokens: int = option(64, "Tokens of an answer, at least 1.")
-    steps: int | None = option(None, "Denoising steps, at least 1. None: one per new token.")
+    max_new_tokens: int | None = option(
+        None, "Tokens of an answer, at least 1. None: 64; only with --batch_size above 1."
+    )
+    steps: int | None = option(
+        None, "Denoising steps, at least 1. None: one per new token; only with --batch_size above 1."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.prompt_length < 1:
             raise utils.InputError("--prompt_length must be at least 1")
+
+    def fill_in_decoding(self) -> None:
+        """Sets what was not said about decoding.
+
+        Raises:
+            InputError: something was said though one prompt is not decoded.
+        """
+        if self.batch_size == 1:
+            if (self.max_new_tokens, self.steps) != (None, None):
+                raise utils.InputError(
+                    "--max_new_tokens and --steps have no effect with --batch_size 1, where nothing is decoded: drop "
+                    "them, or give a larger --batch_size"
+                )
+            return
+        self.max_new_tokens = self.max_new_tokens or 64
+        self.steps = self.steps or self.max_new_tokens
 
 
 def write_with_all_logits(memory: ParametricMemory, plan: InnerPlan, phi: torch.Tensor) -> torch.Tensor:
@@ -102,6 +129,21 @@ def time_in_turns(sides: dict[str, Callable[[], Any]], options: Options) -> tupl
     return seconds, results
 
 
+def check_written(memories: list[WrittenMemory]) -> list[WrittenMemory]:
+    """The memories, all of which were written.
+
+    Raises:
+        InputError: one could not be.
+    """
+    for one in memories:
+        if one.failure is not None:
+            raise utils.InputError(
+                f"a prompt's memory could not be written: {one.failure}; change --prompt_length, --seed or the "
+                "--mem_* settings"
+            )
+    return memories
+
+
 def compare_writes(memory: ParametricMemory, prompt: list[int], options: Options) -> dict[str, Any]:
     """Times of writing one prompt's memory our way and the plain way, and how far the memories are apart."""
 
@@ -110,7 +152,7 @@ def compare_writes(memory: ParametricMemory, prompt: list[int], options: Options
         return write_with_all_logits(memory, plan, memory.initial(plan))[0]
 
     with memory.attached():
-        sides = {REFERENCE: plain, OURS: lambda: memory.write_prompts([prompt])[0].phi}
+        sides = {REFERENCE: plain, OURS: lambda: check_written(memory.write_prompts([prompt]))[0].phi}
         seconds, written = time_in_turns(sides, options)
         plan = memory.plan_prompts([prompt], mask_token_id=memory.lm.config.mask_token_id)
         change = (written[REFERENCE].cpu() - memory.initial(plan)[0].cpu()).norm()
@@ -122,10 +164,11 @@ def compare_batch(memory: ParametricMemory, prompts: list[list[int]], options: O
     """Times of writing and decoding all prompts at once and one by one, and the share of equal tokens."""
     tokenizer = make_tokenizer(spec_of_family(options))
     sampler = MDLMSampler(memory.lm, tokenizer)
+    assert options.max_new_tokens is not None
     config = MDLMSamplerConfig(max_new_tokens=options.max_new_tokens, steps=options.steps)
 
     def answer(group: list[list[int]]) -> torch.Tensor:
-        memory.adapt(group, batch_size=len(group))
+        check_written(memory.adapt(group, batch_size=len(group)))
         answers = sampler.sample(group, config).answers
         assert answers is not None
         return answers
@@ -149,11 +192,12 @@ def print_seconds(seconds: dict[str, list[float]], title: str) -> None:
 
 def main() -> None:
     options, flags = utils.parse_args(Options, MemoryFlags)
+    config = MemoryConfig.for_decoding(**{name.removeprefix("mem_"): value for name, value in asdict(flags).items()})
+    options.fill_in_decoding()
     torch.set_num_threads(options.threads)
     tokenizer = make_tokenizer(spec_of_family(options))
     model = make_model(options).eval().to(options.device)
-    settings = {name.removeprefix("mem_"): value for name, value in asdict(flags).items()}
-    memory = ParametricMemory(model, MemoryConfig.for_decoding(**settings))
+    memory = ParametricMemory(model, config)
     generator = make_generator(options.seed, "prompts")
     shape = (options.batch_size, options.prompt_length)
     prompts = torch.randint(len(tokenizer), options.vocab_size, shape, generator=generator).tolist()

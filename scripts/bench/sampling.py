@@ -67,10 +67,8 @@ class Options(ModelOptions):
         """The settings of each cache."""
         new = self.max_new_tokens
         return {
-            kind: MDLMSamplerConfig(
-                max_new_tokens=new, steps=self.steps or new, block_size=self.block_size, cache=kind.strip()
-            )
-            for kind in (self.caches or "none").split(",")
+            kind: MDLMSamplerConfig(max_new_tokens=new, steps=self.steps or new, block_size=self.block_size, cache=kind)
+            for kind in map(str.strip, (self.caches or "none").split(","))
         }
 
 

@@ -103,6 +103,33 @@ def test_failures_are_counted_once_and_listed(make_model) -> None:
         MemoryStore(memory, capacity=0)
 
 
+def test_a_prompt_that_fails_again_after_it_was_dropped_is_listed_once(make_model) -> None:
+    memory = _memory(make_model("llada"))
+    store = MemoryStore(memory, capacity=1)
+    with memory.attached():
+        for prompt in ([], CONTEXT, [], CONTEXT):
+            store.get([prompt])
+    assert store.num_written == 4 and len(store.failures) == 1
+
+
+def test_contexts_that_differ_in_the_last_of_many_tokens_are_two_memories(make_model) -> None:
+    memory = _memory(make_model("llada"))
+    store = MemoryStore(memory)
+    context = [8 + index % 30 for index in range(99)]
+    with memory.attached():
+        first, second = store.get([[*context, 8], [*context, 9]])
+        assert store.num_written == 2 and not torch.equal(first.phi, second.phi)
+        assert store.get([[*context, 9]])[0] is second and store.get([[*context, 8]])[0] is first
+
+
+def test_a_batch_size_that_cannot_be_is_refused_when_the_store_is_made(make_model) -> None:
+    model = make_model("llada")
+    with pytest.raises(InputError, match="batch_size is 0"):
+        MemoryStore(_memory(model), batch_size=0)
+    with pytest.raises(InputError, match="mem_scope row, or batch_size 1"):
+        MemoryStore(_memory(model, scope="batch"), batch_size=2)
+
+
 # The file
 
 
@@ -290,6 +317,18 @@ def test_damaged_foreign_and_missing_files_are_refused(make_model, tmp_path) -> 
     assert "it has format 2, this version reads 1" in refusal(format_version=2)
     assert "header" in refusal(unknown_field=1)
     assert "does not know" in refusal(memory_config={**header["memory_config"], "inner_momentum": 0.9}, num_tokens=3)
+    wrong = {
+        "losses": None,
+        "config_sha256": None,
+        "num_tokens": "x",
+        "base_model": 3,
+        "adapter": 1,
+        "memory_config": [],
+    }
+    for name, value in [*wrong.items(), ("losses", ["a"]), ("losses", [True]), ("num_tokens", 2.5)]:
+        assert f"its {name} is {value!r}" in refusal(**{name: value})
+    for name, value in {"inner_target_modules": 3, "seed": "x", "inner_lr": None}.items():
+        assert f"its {name} is {value!r}" in refusal(memory_config={**header["memory_config"], name: value})
     save_file(tensors, path, metadata={METADATA_KEY: "{"})
     assert "header" in refusal()
     save_file(tensors, path)
