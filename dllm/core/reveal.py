@@ -144,8 +144,9 @@ def narrow(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: f
     """`logits` [..., V] with -inf at all tokens but the `top_k` likeliest, and of those the fewest likeliest that hold
     the share `top_p` of softmax(logits / temperature); None leaves them."""
     if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        best = logits.topk(min(top_k, logits.shape[-1]), dim=-1).indices  # by rank: values may be tied
+        is_best = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, best, True)
+        logits = logits.masked_fill(~is_best, -torch.inf)
     if top_p is not None:
         sorted_logits, order = logits.sort(dim=-1, descending=True, stable=True)
         shares = torch.softmax(sorted_logits / temperature, dim=-1)

@@ -231,8 +231,19 @@ def test_early_stop_ends_a_row_with_its_block(make_model) -> None:
             length = answer.index(EOS) + 1 if EOS in answer else 22
             assert ended.answers[row].tolist() == answer[:length] + [PAD] * (22 - length)
             assert ended.num_committed[row] == length
+            shown = _prompts()[row] + answer[:length]
+            assert ended.sequences[row].tolist() == (shown + [PAD] * 33)[: ended.sequences.shape[1]]
             stopped += int(ended.nfe[row] < whole.nfe[row])
     assert stopped > 0
+
+
+def test_an_end_token_in_the_prompt_ends_nothing(make_model) -> None:
+    sampler = _sampler(make_model("llada2_moe"))
+    config = BlockSamplerConfig(max_new_tokens=10, block_size=4, suppress_tokens=(EOS,))
+    for prompt in ([3, EOS, 5], [3, EOS, 5, 1, 2]):
+        plain = sampler.sample([prompt], config)
+        ended = sampler.sample([prompt], dataclasses.replace(config, early_stop=True))
+        assert torch.equal(plain.sequences, ended.sequences)
 
 
 def test_editing_replaces_tokens_of_the_answer_alone(make_model) -> None:
@@ -290,7 +301,7 @@ def test_bad_input(make_model) -> None:
     sampler = _sampler(make_model("llada2_moe", max_position_embeddings=16))
     with pytest.raises(ValueError, match="at least one token"):
         sampler.sample([[]])
-    with pytest.raises(ValueError, match=r"need 20 positions \(whole blocks of 4\) and the model has 16"):
+    with pytest.raises(ValueError, match="in whole blocks of 4, need 20 positions and the model has 16"):
         sampler.sample([[1] * 9], BlockSamplerConfig(max_new_tokens=8, block_size=4))
     with pytest.raises(ValueError, match="padding at the end"):
         sampler.infill(torch.tensor([[1, MASK, 2]]), None, torch.tensor([[0, 1, 1]]))

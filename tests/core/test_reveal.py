@@ -180,3 +180,7 @@ def test_narrowing_equals_sorting_each_row(top_k: int | None, top_p: float | Non
             best = best[:enough]
         assert {token for token in range(9) if math.isfinite(kept[token])} == set(best)
         assert all(float(kept[token]) == row[token] for token in best)
+
+
+def test_ties_do_not_widen_the_top_k() -> None:
+    assert int(torch.isfinite(narrow(torch.zeros(1, 5), 1.0, 2, None)).sum()) == 2

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from dllm.core.samplers import MDLM_PRESETS, MDLMSampler, MDLMSamplerConfig
+from dllm.core.samplers import MDLM_PRESETS, BlockSamplerConfig, MDLMSampler, MDLMSamplerConfig
 from dllm.models.backbone import DiffusionLMOutput
 
 MASK, PAD, EOS = 39, 38, 37
@@ -399,6 +399,12 @@ def test_presets_are_settings(name: str) -> None:
         {"threshold": 0.5, "remasking": "entropy"},
         {"cfg_scale": -0.1},
         {"cache": "triple"},
+        {"temperature": float("inf")},
+        {"temperature": float("nan")},
+        {"cfg_scale": float("nan")},
+        {"cfg_scale": float("inf")},
+        {"max_new_tokens": 4.0},
+        {"block_size": 2.5},
     ],
 )
 def test_bad_settings(settings: dict) -> None:
@@ -406,14 +412,70 @@ def test_bad_settings(settings: dict) -> None:
         MDLMSamplerConfig(**settings)
 
 
-def test_bad_input(make_model) -> None:
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"suppress_tokens": (40,)}, "suppress_tokens holds 40, the model knows 0 to 39"),
+        ({"suppress_tokens": (-1,)}, "suppress_tokens holds -1"),
+        ({"suppress_tokens": tuple(range(39))}, "leaves no token"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model(make_model, settings: dict, said: str) -> None:
     sampler = _sampler(make_model())
+    for call in (lambda config: sampler.sample([[1]], config), lambda config: sampler.infill(_noised(), config)):
+        with pytest.raises(ValueError, match=said):
+            call(MDLMSamplerConfig(max_new_tokens=2, **settings))
+
+
+def test_the_end_of_a_turn_ends_an_answer(make_model) -> None:
+    class Tokenizer(_Tokenizer):
+        def get_vocab(self) -> dict[str, int]:
+            return {**super().get_vocab(), "<|role_end|>": 36}
+
+    sampler = MDLMSampler(make_model(), Tokenizer())  # pyright: ignore
+    assert sampler.end_token_ids == [36, EOS]
+    everything_else = tuple(token for token in range(39) if token != 36)
+    config = MDLMSamplerConfig(max_new_tokens=5, suppress_tokens=everything_else, early_stop=True)
+    answers = sampler.sample([[1, 2]], config).answers
+    assert answers is not None and answers.tolist() == [[36, PAD, PAD, PAD, PAD]]
+
+
+def test_each_step_draws_anew(make_model) -> None:
+    # Logits that never change: a position keeps its proposal from step to step unless the draws are new ones.
+    model = make_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    config = MDLMSamplerConfig(max_new_tokens=30, steps=30, temperature=1.0, remasking="random")
+    once = MDLMSamplerConfig(max_new_tokens=30, steps=1, temperature=1.0, remasking="random")
+    answers = [_sampler(model).sample([[1, 2]], settings).answers for settings in (config, once)]
+    assert answers[0] is not None and answers[1] is not None
+    assert int((answers[0] == answers[1]).sum()) < 15  # by chance 1 in 39, and one more from the first step
+
+
+def test_bad_input(make_model) -> None:
+    sampler = _sampler(make_model(max_position_embeddings=30))
     with pytest.raises(ValueError, match="at least one token"):
         sampler.sample([[1], []])
     with pytest.raises(ValueError, match="at least one token"):
         sampler.sample([])
     with pytest.raises(ValueError, match="steps=2 is less than the 3 blocks"):
         sampler.sample(_prompts(), MDLMSamplerConfig(max_new_tokens=6, block_size=2, steps=2))
+    for wrong in ([[40]], [[-1, 3]]):
+        with pytest.raises(ValueError, match="token ids from"):
+            sampler.sample(wrong)
+    with pytest.raises(ValueError, match="need 31 positions and the model has 30"):
+        sampler.sample([[1] * 21], MDLMSamplerConfig(max_new_tokens=10))
+    with pytest.raises(ValueError, match="1 seeds for 2 rows"):
+        sampler.sample([[1], [2]], MDLMSamplerConfig(max_new_tokens=2), seeds=[1])
+    with pytest.raises(ValueError, match="takes a MDLMSamplerConfig, got a BlockSamplerConfig"):
+        sampler.sample([[1]], BlockSamplerConfig())
+    with pytest.raises(ValueError, match=r"shape \[rows, length\], got \[4\]"):
+        sampler.infill(torch.tensor([1, 2, MASK, 3]))
+    with pytest.raises(ValueError, match=r"attention_mask has shape \[1, 2\], expected \[1, 3\]"):
+        sampler.infill(torch.tensor([[1, MASK, 3]]), None, torch.ones(1, 2))
+    with pytest.raises(ValueError, match="padding at the end"):
+        sampler.infill(torch.tensor([[1, MASK, 3]]), None, torch.tensor([[0, 1, 1]]))
     with pytest.raises(ValueError, match="early_stop has no effect"):
         sampler.infill(_noised(), MDLMSamplerConfig(early_stop=True))
     sampler.spec = dataclasses.replace(sampler.spec, logit_shift=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,10 +40,12 @@ class BaseSamplerConfig:
     histories: bool = False  # keep the state after every step
 
     def __post_init__(self) -> None:
-        for name, least in (("max_new_tokens", 1), ("block_size", 1), ("steps", 1), ("temperature", 0)):
+        for name in ("max_new_tokens", "block_size", "steps"):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"{name} must be at least {least}, got {value}")
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise InputError(f"{name} must be at least 1 and a whole number, got {value}")
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"temperature must be at least 0 and finite, got {self.temperature}")
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,8 @@ class BaseSampler(ABC):
             on_step: called after every step with the state [B, L], laid out as `sequences`.
 
         Raises:
-            InputError: no prompt, or an empty one; fewer steps than blocks.
+            InputError: no prompt, an empty one, one with unknown tokens, or more tokens than the model has positions;
+                fewer steps than blocks; a setting that does not fit the model.
         """
 
     @abstractmethod
@@ -129,20 +133,98 @@ class BaseSampler(ABC):
         Args:
             noised_ids: int64 [B, L].
             config: settings of this sampler; `max_new_tokens` and `early_stop` do not matter here.
-            attention_mask: [B, L], 1 at real tokens; None attends to all.
+            attention_mask: [B, L], 1 at real tokens; padding stands at the end of rows. None: all are real.
             seeds, on_step: as in `sample`.
+
+        Raises:
+            InputError: ids or mask of another shape, padding elsewhere, unknown tokens, too long rows, early_stop; a
+                first token that is masked where the model cannot predict it.
         """
+
+    def checked_config(self, config: BaseSamplerConfig | None) -> BaseSamplerConfig:
+        """`config`, or the defaults.
+
+        Raises:
+            InputError: the settings of another sampler; suppressed tokens that the model does not know, or all.
+        """
+        settings = self.config_class() if config is None else config
+        if not isinstance(settings, self.config_class):
+            raise InputError(
+                f"{type(self).__name__} takes a {self.config_class.__name__}, got a {type(settings).__name__}"
+            )
+        size = self.lm.backbone.embedding.num_embeddings
+        wrong = [token for token in settings.suppress_tokens if not 0 <= token < size]
+        if wrong:
+            raise InputError(f"suppress_tokens holds {wrong[0]}, the model knows 0 to {size - 1}: drop it")
+        if len({self.mask_token_id, *settings.suppress_tokens}) >= size:
+            raise InputError("suppress_tokens leaves no token to propose: drop some")
+        return settings
+
+    def check_room(self, length: int, made_of: str) -> None:
+        """Nothing, if the model has `length` positions.
+
+        Raises:
+            InputError: it has fewer.
+        """
+        most = self.lm.config.max_position_embeddings
+        if length > most:
+            raise InputError(
+                f"{made_of} need {length} positions and the model has {most}: shorten the text or lower max_new_tokens"
+            )
+
+    def checked_infill(
+        self, noised_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: BaseSamplerConfig
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(ids [B, L], which are real, which are to be filled in; bool [B, L]) on the model's device; see `infill`."""
+        if config.early_stop:
+            raise InputError("early_stop has no effect on infilling: drop it")
+        if noised_ids.dim() != 2 or noised_ids.numel() == 0:
+            raise InputError(f"infilling takes ids of shape [rows, length], got {list(noised_ids.shape)}")
+        if attention_mask is not None and attention_mask.shape != noised_ids.shape:
+            raise InputError(
+                f"attention_mask has shape {list(attention_mask.shape)}, expected {list(noised_ids.shape)}"
+            )
+        ids = noised_ids.to(self.lm.backbone.device)
+        real = (
+            torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool().to(ids.device)
+        )
+        if bool((real[:, 1:] & ~real[:, :-1]).any()):
+            raise InputError("infilling takes padding at the end of rows only: set padding_side='right'")
+        self._check_known(int(ids.min()), int(ids.max()))
+        self.check_room(ids.shape[1], "the rows")
+        is_masked = (ids == self.mask_token_id) & real
+        if self.spec.logit_shift and bool(is_masked[:, : self.spec.logit_shift].any()):
+            raise InputError("the first token of a row is masked, which this model cannot predict: begin with a token")
+        return ids, real, is_masked
+
+    def _check_known(self, lowest: int, highest: int) -> None:
+        size = self.lm.backbone.embedding.num_embeddings
+        if lowest < 0 or highest >= size:
+            raise InputError(
+                f"there are token ids from {lowest} to {highest}, the model knows 0 to {size - 1}: use the tokenizer "
+                "that belongs to the model"
+            )
 
     def token_lists(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """The prompts as lists.
 
         Raises:
-            InputError: there is none, or an empty one.
+            InputError: there is none, an empty one, or one with unknown tokens.
         """
         rows = [[int(token) for token in prompt] for prompt in prompts]
         if not rows or not all(rows):
             raise InputError("a prompt needs at least one token: drop the empty ones, or begin them with the bos token")
+        self._check_known(min(map(min, rows)), max(map(max, rows)))
         return rows
+
+    def check_seeds(self, seeds: Sequence[int] | None, num_rows: int) -> None:
+        """Nothing, if there is a seed for each row, or none at all.
+
+        Raises:
+            InputError: another number.
+        """
+        if seeds is not None and len(seeds) != num_rows:
+            raise InputError(f"{len(seeds)} seeds for {num_rows} rows: give one for each")
 
     def row_keys(self, seed: int, seeds: Sequence[int] | None, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         """Keys of the rows' draws (see `dllm.core.reveal.hashed_uniform`), int64 [B], on the model's device.
@@ -153,13 +235,15 @@ class BaseSampler(ABC):
             rows: the tokens.
         """
         parts = rows if seeds is None else [[own] for own in seeds]
-        if len(parts) != len(rows):
-            raise InputError(f"{len(parts)} seeds for {len(rows)} rows: give one for each")
         return torch.tensor([derive_seed(seed, *part) for part in parts], device=self.lm.backbone.device)
 
     def is_end(self, ids: torch.Tensor) -> torch.Tensor:
         """Which tokens end an answer, bool."""
-        return torch.isin(ids, torch.tensor(self.end_token_ids, device=ids.device))
+        # Compared one by one: a tensor of them would be copied to the device in every step.
+        found = torch.zeros_like(ids, dtype=torch.bool)
+        for token in self.end_token_ids:
+            found |= ids == token
+        return found
 
     def behind_the_end(self, answers: torch.Tensor) -> torch.Tensor:
         """Which positions of the answers [B, G] stand behind their first end token, bool [B, G]."""

@@ -130,7 +130,8 @@ class BlockSampler(BaseSampler):
         prompt_length = torch.tensor([len(row) for row in rows])
         length = -((prompt_length + settings.max_new_tokens) // -size) * size  # whole blocks
         width = int(length.max())
-        self._check_room(width, size)
+        self.check_seeds(seeds, len(rows))
+        self.check_room(width, f"prompt and answer, in whole blocks of {size},")
         ids = torch.tensor([row + [self.mask_token_id] * (width - len(row)) for row in rows])
         columns = torch.arange(width)[None]
         is_masked = (columns >= prompt_length[:, None]) & (columns < length[:, None])
@@ -164,21 +165,11 @@ class BlockSampler(BaseSampler):
         seeds: Sequence[int] | None = None,
         on_step: Observer | None = None,
     ) -> BaseSamplerOutput:
-        """See `BaseSampler.infill`; a token sees no later block, so what stands behind a mask's block does not help.
-
-        Raises:
-            InputError: early_stop; padding anywhere but at the end of a row; a first token that cannot be predicted.
-        """
+        """See `BaseSampler.infill`; a token sees no later block, so what stands behind a mask's block does not help."""
         settings, size = self._settings(config)
-        if settings.early_stop:
-            raise InputError("early_stop has no effect on infilling: drop it")
-        ids, width = noised_ids.cpu(), noised_ids.shape[1]
-        real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool().cpu()
-        if bool((real[:, 1:] & ~real[:, :-1]).any()):
-            raise InputError("block decoding takes padding at the end of rows only: set padding_side='right'")
-        is_masked = (ids == self.mask_token_id) & real
-        if self.spec.logit_shift and bool(is_masked[:, : self.spec.logit_shift].any()):
-            raise InputError("the first token of a row is masked, which this model cannot predict: begin with a token")
+        ids, real, is_masked = (x.cpu() for x in self.checked_infill(noised_ids, attention_mask, settings))
+        self.check_seeds(seeds, len(ids))
+        width = ids.shape[1]
         missing = (0, -width % size)
         padded = torch.nn.functional.pad(ids, missing, value=self.pad_token_id)
         first = is_masked.int().argmax(dim=1)
@@ -195,17 +186,9 @@ class BlockSampler(BaseSampler):
         return BaseSamplerOutput(cut(), None, state.nfe, is_masked.sum(dim=1).to(state.nfe.device), histories)
 
     def _settings(self, config: BaseSamplerConfig | None) -> tuple[BlockSamplerConfig, int]:
-        settings = BlockSamplerConfig() if config is None else config
+        settings = self.checked_config(config)
         assert isinstance(settings, BlockSamplerConfig)
         return settings, self.block_size(settings)
-
-    def _check_room(self, length: int, block_size: int) -> None:
-        most = self.lm.config.max_position_embeddings
-        if length > most:
-            raise InputError(
-                f"prompt and answer need {length} positions (whole blocks of {block_size}) and the model has {most}: "
-                "shorten the prompt or lower max_new_tokens"
-            )
 
     def _enter(
         self, ids: torch.Tensor, is_masked: torch.Tensor, length: torch.Tensor, first: torch.Tensor, size: int

@@ -6,6 +6,7 @@ Shapes: B rows, L columns, V vocabulary, n candidates of a row (masked positions
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -36,8 +37,8 @@ class MDLMSamplerConfig(BaseSamplerConfig):
         for name, allowed in (("remasking", get_args(Remasking)), ("cache", get_args(CacheKind))):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
-        if self.cfg_scale < 0:
-            raise InputError(f"cfg_scale must be at least 0, got {self.cfg_scale}")
+        if not 0 <= self.cfg_scale < math.inf:
+            raise InputError(f"cfg_scale must be at least 0 and finite, got {self.cfg_scale}")
         if self.threshold is None:
             return
         if not 0 < self.threshold <= 1:
@@ -99,7 +100,10 @@ class MDLMSampler(BaseSampler):
     ) -> BaseSamplerOutput:
         """See `BaseSampler.sample`. Shorter prompts are padded on the left, out of the others' sight."""
         settings = self._settings(config)
-        canvas = self._prompts_and_masks(self.token_lists(prompts), settings, seeds)
+        rows = self.token_lists(prompts)
+        self.check_seeds(seeds, len(rows))
+        self.check_room(max(map(len, rows)) + settings.max_new_tokens, "prompt and answer")
+        canvas = self._prompts_and_masks(rows, settings, seeds)
         return self._denoise(canvas, settings, on_step)
 
     @torch.no_grad()
@@ -114,30 +118,24 @@ class MDLMSampler(BaseSampler):
     ) -> BaseSamplerOutput:
         """See `BaseSampler.infill`."""
         settings = self._settings(config)
-        if settings.early_stop:
-            raise InputError("early_stop has no effect on infilling: drop it")
-        real = torch.ones_like(noised_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        is_masked = (noised_ids == self.mask_token_id) & real
-        if self.spec.logit_shift and bool(is_masked[:, : self.spec.logit_shift].any()):
-            raise InputError("the first token of a row is masked, which this model cannot predict: begin with a token")
-        blocks = _blocks(0, noised_ids.shape[1], settings.block_size)
+        ids, real, is_masked = self.checked_infill(noised_ids, attention_mask, settings)
+        self.check_seeds(seeds, len(ids))
+        blocks = _blocks(0, ids.shape[1], settings.block_size)
         canvas = _Canvas(
-            ids=noised_ids.clone(),
+            ids=ids.clone(),
             is_masked=is_masked,
-            attention_mask=attention_mask,
+            attention_mask=None if attention_mask is None else real.long(),
             position_ids=None,
             blocks=blocks,
             num_masked=torch.stack([is_masked[:, start:end].sum(dim=1) for start, end in blocks], dim=1).cpu(),
             to_output=None,
-            keys=self._keys(
-                settings, seeds, lambda: [row[seen].tolist() for row, seen in zip(noised_ids, real, strict=True)]
-            ),
+            keys=self._keys(settings, seeds, lambda: [row[seen].tolist() for row, seen in zip(ids, real, strict=True)]),
             first_new=None,
         )
         return self._denoise(canvas, settings, on_step)
 
     def _settings(self, config: BaseSamplerConfig | None) -> MDLMSamplerConfig:
-        settings = MDLMSamplerConfig() if config is None else config
+        settings = self.checked_config(config)
         assert isinstance(settings, MDLMSamplerConfig)
         return settings
 
