@@ -110,7 +110,15 @@ class SweepOptions:
             depths = [float(depth) for depth in _listed(self.depths)]
         except ValueError as error:
             raise InputError(f"--depths {self.depths!r}: {error}; the form is 0,0.5,1") from error
-        values = {"lengths": [length], "num_samples": self.num_samples, "depths": depths, "data_dir": self.data_dir}
+        # Every cell is a run of its own: this keeps the questions the same at all lengths.
+        shortest = min((asked for asked in parse_lengths(self.lengths) if asked), default=None)
+        values = {
+            "lengths": [length],
+            "num_samples": self.num_samples,
+            "depths": depths,
+            "data_dir": self.data_dir,
+            "questions_fit": shortest,
+        }
         LongContextSettings(lengths=(length,), num_samples=self.num_samples, depths=cast(Any, depths))
         return {name: value for name, value in values.items() if value is not None}
 

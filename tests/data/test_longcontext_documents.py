@@ -263,6 +263,9 @@ def test_questions_too_long_for_one_length_are_asked_at_none(folders, task, leng
     smallest, *others = (questions for length, questions in sorted(asked.items()) if length)
     assert list(smallest) == list(range(6)) and len(others) == 2
     assert all(questions == smallest for questions in (*others, asked[0]))
+    # A run of its own over a longer length asks them too, if it is told which length they must fit.
+    alone = _made(task, folders["bytes"], "2k", 6, depths=depths, questions_fit=min(filter(None, asked)))
+    assert {doc["index"]: (FACT.findall(doc["input"]), doc["question"], doc["target"]) for doc in alone} == smallest
     # Some were passed over, and those that are left kept their order.
     every = _made(task, folders["bytes"], "0k", 40)
     every = [(FACT.findall(doc["input"]), doc["question"], doc["target"]) for doc in every]

@@ -40,6 +40,7 @@ def test_what_is_no_length_is_refused(value):
         ({"num_samples": 0}, "num_samples=0: must be at least 1"),
         ({"num_samples": 1.0}, "num_samples=1.0: must be a whole number"),
         ({"num_samples": True}, "num_samples=True"),
+        ({"questions_fit": 0}, "questions_fit=0: must be at least 1"),
         ({"data_seed": "7"}, "data_seed='7': must be a whole number"),
         ({"data_dir": 3}, "data_dir=3: must be a path"),
         ({"tokenizer": ""}, "tokenizer='': must be a path"),
@@ -61,6 +62,7 @@ def test_every_setting_arrives(tiny_folder):
         "lengths": "2k",
         "num_samples": 3,
         "data_seed": 7,
+        "questions_fit": 600,
         "tokenizer": str(tiny_folder),
         "data_dir": "somewhere",
         "depths": [0.5],
@@ -91,7 +93,7 @@ def test_arguments_of_the_model_are_let_through_and_other_keys_refused(tiny_fold
     for task, make in (("memdlm_ruler_vt", ruler_dataset), ("memdlm_babilong_qa1", babilong_dataset)):
         with pytest.raises(InputError) as caught:
             make(task, **model, lenghts="1k", max_seq_lengths=[4096])
-        known = "known: lengths, num_samples, data_seed, tokenizer, data_dir, depths"
+        known = "known: lengths, num_samples, data_seed, tokenizer, data_dir, depths, questions_fit"
         assert str(caught.value).startswith(f"{task}: unknown metadata lenghts, max_seq_lengths; {known}")
 
 

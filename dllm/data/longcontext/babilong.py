@@ -193,7 +193,10 @@ class _Maker:
 
         The others are passed over, as in BABILong, but at all lengths, so that the same questions are compared.
         """
-        limit = min((length for length in self.settings.lengths if length != _FACTS_ONLY), default=None)
+        limits = [length for length in self.settings.lengths if length != _FACTS_ONLY]
+        if self.settings.questions_fit is not None:
+            limits.append(self.settings.questions_fit)
+        limit = min(limits, default=None)
         if limit is None:
             return list(range(self.settings.num_samples))
         numbers = []

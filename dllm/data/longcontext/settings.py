@@ -51,13 +51,21 @@ class LongContextSettings:
         metadata={"help": "Where the needle goes, in [0, 1], in turn over the documents; None: random places."},
     )
 
+    questions_fit: int | None = field(
+        default=None,
+        metadata={"help": "babilong: ask only what would fit into this length too, at least 1; None: into `lengths`."},
+    )
+
     def __post_init__(self) -> None:
-        for name in ("num_samples", "data_seed"):
+        for name in ("num_samples", "data_seed", "questions_fit"):
             value = self.__dict__[name]
+            if name == "questions_fit" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise InputError(f"{name}={value!r}: must be a whole number")
-        if self.num_samples < 1:
-            raise InputError(f"num_samples={self.num_samples}: must be at least 1")
+        for name in ("num_samples", "questions_fit"):
+            if self.__dict__[name] is not None and self.__dict__[name] < 1:
+                raise InputError(f"{name}={self.__dict__[name]}: must be at least 1")
         for name in ("tokenizer", "data_dir"):
             value = self.__dict__[name]
             if value is not None and (not isinstance(value, str) or not value):
