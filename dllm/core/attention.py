@@ -173,6 +173,11 @@ def prepare_mask(
             raise ValueError(
                 f"attention_mask has shape {shape}, expected {(num_rows, num_keys)} (rows, cached + new positions)"
             )
+        if attention_mask.is_floating_point() or attention_mask.is_complex():
+            raise ValueError(
+                f"a 2-D attention_mask must be boolean or integer (1 = see), got {attention_mask.dtype}: an additive "
+                "mask must be 4-D"
+            )
         # Never skipped where it happens to be all ones: finding that out would make the host wait for the device.
         return create_bidirectional_mask(
             config=config,

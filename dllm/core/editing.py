@@ -66,6 +66,10 @@ class EditSettings:
         Raises:
             InputError: a value out of its range, or one that can have no effect.
         """
+        for name in ("edit_ratio", "edit_keep_ratio", "edit_loss_weight"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, (int, float)):
+                raise InputError(f"{name} must be a number, got {value!r}")
         rules = (
             ("edit_ratio", 0 <= self.edit_ratio < 1, "in [0, 1)"),
             ("edit_keep_ratio", 0 <= self.keep_share < 1, "in [0, 1)"),

@@ -5,6 +5,8 @@ Shapes: B rows, L positions, P cached positions, S = P + L, D hidden, n_h heads,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -57,6 +59,21 @@ class RotaryEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, theta={self.theta}"
+
+
+def plain_rope_theta(given: dict[str, Any]) -> float | None:
+    """The base of the frequencies that `rope_parameters` among the keys of a configuration name, None if there are
+    none. Takes `rope_parameters` and `rope_scaling` out of `given`.
+
+    Raises:
+        ValueError: frequencies that are scaled.
+    """
+    if given.pop("rope_scaling", None):
+        raise ValueError("rope_scaling is not supported: remove it from the configuration")
+    parameters = given.pop("rope_parameters", None) or {}
+    if parameters.get("rope_type", "default") != "default":
+        raise ValueError(f"rope_parameters of type {parameters['rope_type']!r} are not supported: only 'default' is")
+    return parameters.get("rope_theta")
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,11 @@ from transformers import Cache, PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dllm.models.backbone import Backbone, DiffusionLM, Mask
-from dllm.models.layers import AttentionMixin, RMSNorm, RotaryEmbedding, SwiGLU, pick
+from dllm.models.layers import AttentionMixin, RMSNorm, RotaryEmbedding, SwiGLU, pick, plain_rope_theta
 from dllm.models.moe import GroupedMoE, RouterRecorder
+
+# Fields of related models with the only values that this one knows.
+FIXED_FIELDS = {"norm_topk_prob": True, "score_function": "sigmoid", "moe_router_enable_expert_bias": True}
 
 
 class LLaDA2MoeConfig(PreTrainedConfig):
@@ -67,13 +70,20 @@ class LLaDA2MoeConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs) -> None:
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if kwargs.pop("rope_scaling", None):
-            raise ValueError("rope_scaling is not supported for LLaDA2: remove it from the configuration")
+            self.head_dim = self.hidden_size // max(1, self.num_attention_heads)
+        theta = plain_rope_theta(kwargs)
+        self.rope_theta = self.rope_theta if theta is None else theta
+        given = kwargs.pop("rotary_dim", None)  # a property here, derived from the other sizes
         super().__post_init__(**kwargs)
         self._check()
+        if given not in (None, self.rotary_dim):
+            raise ValueError(f"rotary_dim={given} is not supported for LLaDA2: {self.rotary_dim} are rotated here")
 
     def _check(self) -> None:
+        # Divided by below.
+        for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "num_experts"):
+            if self.__dict__[name] < 1:
+                raise ValueError(f"unsupported LLaDA2 configuration: {name}={self.__dict__[name]} must be positive")
         heads, top_k, pad = self.num_attention_heads, self.num_experts_per_tok, self.pad_token_id
         group_size = self.num_experts // max(1, self.n_group)
         found = []
@@ -85,6 +95,14 @@ class LLaDA2MoeConfig(PreTrainedConfig):
             found.append("use_sliding_window=True (attention sees all that its mask lets it see)")
         if heads % self.key_heads:
             found.append(f"num_attention_heads={heads} must be a multiple of num_key_value_heads={self.key_heads}")
+        for name, ours in FIXED_FIELDS.items():
+            if self.__dict__.get(name) not in (None, ours):
+                found.append(f"{name}={self.__dict__[name]!r} (only {ours!r})")
+        shared_width = self.__dict__.get("moe_shared_expert_intermediate_size")
+        if shared_width not in (None, self.moe_intermediate_size * (self.num_shared_experts or 0)):
+            found.append(f"moe_shared_expert_intermediate_size={shared_width} (only num_shared_experts experts wide)")
+        if not 0 <= self.attention_dropout < 1:
+            found.append(f"attention_dropout={self.attention_dropout} must lie in [0, 1)")
         if self.rope_theta <= 0:
             found.append(f"rope_theta={self.rope_theta} must be positive")
         if not 0 < self.partial_rotary_factor <= 1 or self.rotary_dim % 2:

@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from dllm.models.backbone import Backbone, DiffusionLM, Mask
-from dllm.models.layers import AttentionMixin, RMSNorm, RotaryEmbedding, SwiGLU, pick
+from dllm.models.layers import AttentionMixin, RMSNorm, RotaryEmbedding, SwiGLU, pick, plain_rope_theta
 from dllm.models.moe import RouterRecorder, SparseMoE
 
 logger = logging.get_logger(__name__)
@@ -79,8 +79,11 @@ class LLaDAMoEConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if not self.moe_layer_freq:
             self.moe_layer_freq = [1] * self.num_hidden_layers
-        if kwargs.pop("rope_scaling", None):
-            raise ValueError("rope_scaling is not supported for LLaDA-MoE: remove it from the configuration")
+        theta = plain_rope_theta(kwargs)
+        self.rope_theta = self.rope_theta if theta is None else theta
+        rotated = kwargs.pop("rotary_dim", None)
+        if rotated not in (None, self.rotary_dim):
+            raise ValueError(f"rotary_dim={rotated} is not supported for LLaDA-MoE: {self.rotary_dim} are rotated here")
         given = kwargs.pop("head_dim", None)  # a property here, derived from the other sizes
         if given not in (None, self.head_dim):
             raise ValueError(f"head_dim={given} is not supported for LLaDA-MoE: heads are {self.head_dim} wide here")

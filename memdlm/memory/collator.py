@@ -42,9 +42,10 @@ class MemoryCollator(NoisingCollator):
     def __call__(self, rows: Sequence[Batch]) -> Batch:
         batch = super().__call__(rows)
         example_id, input_ids = batch["example_id"], batch["input_ids"]
-        is_corrupted = torch.zeros_like(batch["is_masked"])
+        is_corrupted, is_asked = torch.zeros_like(batch["is_masked"]), batch["is_masked"].clone()
         if "edit" in batch:
             is_corrupted.view(-1)[batch["edit"]["corrupted_positions"]] = True
+            is_asked.view(-1)[batch["edit"]["loss_positions"]] = True
         plan = PLANS[self.config.inner_target](
             Rows(
                 input_ids=input_ids,
@@ -52,6 +53,7 @@ class MemoryCollator(NoisingCollator):
                 is_masked=batch["is_masked"],
                 noised_ids=batch["noised_ids"],
                 is_corrupted=is_corrupted,
+                is_asked=is_asked,
                 t=batch["t"],
                 is_padding=self._find_padding(rows, batch),
                 attention_mask=batch.get("attention_mask"),

@@ -106,6 +106,7 @@ class Rows:
     is_masked: torch.Tensor  # [B, L] bool, the outer mask M
     noised_ids: torch.Tensor  # [B, L] int64, the outer state
     is_corrupted: torch.Tensor  # [B, L] bool, where the outer state will hold wrong tokens (`noised_ids` need not yet)
+    is_asked: torch.Tensor  # [B, L] bool, what the outer loss asks for: M, and with editing more than M
     t: torch.Tensor  # [B] float32, the outer time
     is_padding: torch.Tensor  # [B, L] bool
     attention_mask: torch.Tensor | None  # [B, L]
@@ -128,10 +129,10 @@ def plan_response(rows: Rows, config: MemoryConfig) -> InnerPlan:
 def plan_disjoint(rows: Rows, config: MemoryConfig) -> InnerPlan:
     """Labels that the outer loss does not ask for; tokens under the outer mask M are in no input and in no loss.
 
-    A teacher's clean input is the outer state. Under the editing objective M includes what was replaced by wrong
-    tokens, which the outer loss asks for too.
+    A teacher's clean input is the outer state. Under the editing objective M includes what was replaced by wrong tokens
+    and the right tokens that are to be kept: the outer loss asks for them too.
     """
-    maskable, asked_for = rows.maskable, rows.is_masked | rows.is_corrupted
+    maskable, asked_for = rows.maskable, rows.is_asked
     if config.pad_unmask_mode != "none":
         # Padding under M stays masked all the same: showing it would tell where the answer ends.
         maskable = maskable & (~rows.is_padding | asked_for)
@@ -184,6 +185,7 @@ def plan_prompts(
         is_masked=nothing,
         noised_ids=ids,
         is_corrupted=nothing,
+        is_asked=nothing,
         t=torch.zeros(len(prompts)),
         is_padding=~is_prompt,
         attention_mask=None,

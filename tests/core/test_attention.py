@@ -52,7 +52,6 @@ def forms(padding: torch.Tensor) -> dict[str, torch.Tensor]:
     additive = torch.zeros(B, 1, L, L).masked_fill(~sees, lowest)
     return {
         "bool 2-D": padding.bool(),
-        "float 2-D": padding.float(),
         "bool 4-D": sees,
         "additive": additive,
         "additive float64": additive.double(),
@@ -225,3 +224,10 @@ def test_refusals(padding):
     cache.update(torch.zeros(B, 1, 2, 4), torch.zeros(B, 1, 2, 4), 0)
     with pytest.raises(ValueError, match=r"\(3, 9\)"):
         prepare_mask(sdpa, hidden, padding, cache)
+
+
+def test_a_two_dimensional_mask_that_is_added_is_refused(make_model) -> None:
+    ids = torch.arange(6)[None]
+    for mask in (torch.zeros(1, 6), torch.zeros(1, 6, dtype=torch.complex64)):
+        with pytest.raises(ValueError, match="must be boolean or integer"):
+            make_model("llada2_moe")(input_ids=ids, attention_mask=mask)

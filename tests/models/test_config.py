@@ -193,3 +193,42 @@ def test_sizes_may_be_given_under_the_names_of_transformers() -> None:
     assert config.n_kv_heads == 64 and config.head_dim == 4
     assert LLaDAConfig(num_attention_heads=16, hidden_size=256).key_heads == 16
     assert LLaDAConfig(num_attention_heads=16, num_key_value_heads=4, hidden_size=256).key_heads == 4
+
+
+@pytest.mark.parametrize("name", ["llada_moe", "llada2_moe"])
+def test_rotary_sizes_under_other_names(name) -> None:
+    from dllm.models import get_spec
+
+    cls = get_spec(name).config_class
+    plain = cls()
+    assert cls(rotary_dim=plain.rotary_dim).rotary_dim == plain.rotary_dim
+    assert cls(rope_parameters={"rope_type": "default", "rope_theta": 1234.0}).rope_theta == 1234.0
+    with pytest.raises(ValueError, match="rotary_dim=6 is not supported"):
+        cls(rotary_dim=6)
+    with pytest.raises(ValueError, match="'yarn' are not supported"):
+        cls(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1000.0})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"norm_topk_prob": False},
+        {"score_function": "softmax"},
+        {"moe_router_enable_expert_bias": False},
+        {"moe_shared_expert_intermediate_size": 99},
+        {"attention_dropout": 2.0},
+        {"num_attention_heads": 0},
+        {"hidden_size": 0},
+    ],
+)
+def test_settings_that_llada2_does_not_have(settings) -> None:
+    from dllm.models import LLaDA2MoeConfig
+
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        LLaDA2MoeConfig(**settings)
+
+
+def test_settings_of_llada2_at_their_only_values() -> None:
+    from dllm.models import LLaDA2MoeConfig
+
+    LLaDA2MoeConfig(norm_topk_prob=True, score_function="sigmoid", moe_shared_expert_intermediate_size=512)

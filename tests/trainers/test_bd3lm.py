@@ -213,7 +213,7 @@ def test_lora_with_memory_saves_the_adapter_alone(make_trainer, load_llada2, tmp
 
 def test_bad_input_is_refused_in_one_line(make_trainer, load_llada2, monkeypatch) -> None:
     cases = [
-        (BD3LMTrainer, {"block_size": 0}, "block_size must be at least 1, got 0"),
+        (BD3LMTrainer, {"block_size": 0}, "block_size must be at least 1 and a whole number, got 0"),
         (BD3LMTrainer, {"time_per": "token"}, "choose block or row"),
         (MemBD3LMTrainer, {**MEMORY, "mem_inner_target": "prompt"}, "clean half carries the answers"),
         (MemBD3LMTrainer, {**MEMORY, "mem_inner_target": "disjoint"}, "clean half carries the answers"),

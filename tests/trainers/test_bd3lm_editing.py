@@ -204,7 +204,8 @@ def test_no_inner_state_shows_a_wrong_token_or_passes_for_the_outer_one(make_tra
 def test_disjoint_memory_never_sees_what_editing_asks_for(make_trainer) -> None:
     trainer = make_trainer("mdlm with memory", mem_inner_target="disjoint")
     batch = trainer.data_collator(trainer.train_dataset)
-    plan, positions = inner_plan(batch), batch["edit"]["corrupted_positions"]
+    plan, positions = inner_plan(batch), batch["edit"]["loss_positions"]
+    assert len(positions) > len(batch["edit"]["corrupted_positions"]) + len(batch["loss_positions"])  # some are kept
     for state in plan.states:
         assert (state.flatten()[positions] == trainer.data_collator.mask_token_id).all()
     for step in plan.steps:

@@ -32,8 +32,8 @@ class BD3LMConfig(MDLMConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block_size is not None and self.block_size < 1:
-            raise InputError(f"block_size must be at least 1, got {self.block_size}")
+        if self.block_size is not None and (not isinstance(self.block_size, int) or self.block_size < 1):
+            raise InputError(f"block_size must be at least 1 and a whole number, got {self.block_size!r}")
         if self.time_per not in ("block", "row"):
             raise InputError(f"time_per is {self.time_per!r}: choose block or row")
 
