@@ -6,6 +6,7 @@ from dllm.models.llada2_moe import LLaDA2MoeConfig, LLaDA2MoeModel, LLaDA2MoeMod
 from dllm.models.llada_moe import LLaDAMoEConfig, LLaDAMoEModel, LLaDAMoEModelLM
 from dllm.models.spec import (
     ModelSpec,
+    block_size_of,
     find_spec,
     get_spec,
     load_config,
@@ -142,6 +143,7 @@ __all__ = [
     "LLaDAModel",
     "LLaDAModelLM",
     "ModelSpec",
+    "block_size_of",
     "find_spec",
     "get_spec",
     "load_config",

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+DEFAULT_BLOCK_SIZE = 32  # for families that name none
 ROLES = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -32,6 +33,7 @@ class ModelSpec:
     chat_template: used when the checkpoint brings none.
     logit_shift: 0, or 1 where the logit at position p - 1 predicts token p.
     attention: which positions see each other; `block_size` is set for block_causal.
+    block_size_field: field of the configuration in which a checkpoint names its own block size.
     layers, final_norm, head, embedding: dotted names, seen from the model with head.
     linear_roles: role (see ROLES) -> leaf module name of the linears that play it.
     fast_weight_targets: roles that fast weights attach to by default.
@@ -59,6 +61,7 @@ class ModelSpec:
     logit_shift: int = 0
     attention: Literal["bidirectional", "block_causal"] = "bidirectional"
     block_size: int | None = None
+    block_size_field: str | None = None
     fast_weight_targets: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     exact_block_cache: bool = False
 
@@ -146,6 +149,23 @@ def spec_of(model: PreTrainedModel) -> ModelSpec:
             if cls in (spec.model_class, spec.backbone_class):
                 return spec
     raise ValueError(f"{type(model).__name__} belongs to no known family: choose from {', '.join(_SPECS)}")
+
+
+def block_size_of(model: PreTrainedModel, asked: int | None = None) -> int:
+    """Positions of a block: `asked`, else what the configuration of `model` names, else its family's, else 32.
+
+    Args:
+        model: an unwrapped model of a known family.
+        asked: what the user wants, at least 1; None: no wish.
+
+    Raises:
+        ValueError: the model belongs to no known family.
+    """
+    if asked is not None:
+        return asked
+    spec = spec_of(model)
+    own = None if spec.block_size_field is None else getattr(model.config, spec.block_size_field)
+    return own or spec.block_size or DEFAULT_BLOCK_SIZE
 
 
 def load_config(

@@ -11,10 +11,9 @@ import torch
 from dllm.core.attention import has_two_halves, in_two_halves, two_halves_inputs
 from dllm.core.trainers.mdlm import MDLMConfig, MDLMTrainer
 from dllm.data.collators import Batch, BlockPaddingCollator, TimePer
+from dllm.models.spec import block_size_of
 from dllm.utils.parsing import InputError
 from dllm.utils.tokens import token_id
-
-DEFAULT_BLOCK_SIZE = 32  # for families that name none
 
 
 @dataclass
@@ -23,7 +22,7 @@ class BD3LMConfig(MDLMConfig):
 
     block_size: int | None = field(
         default=None,
-        metadata={"help": "Positions of a block, at least 1. None: the family's own, or 32 where it names none."},
+        metadata={"help": "Positions of a block, at least 1. None: the checkpoint's or the family's own, or 32."},
     )
     time_per: TimePer = field(
         default="block",
@@ -61,7 +60,7 @@ class BD3LMTrainer(MDLMTrainer):
 
     def make_padding(self, args: BD3LMConfig, tokenizer) -> Callable[[list[Batch]], Batch]:
         """What pads rows if no data collator is given: up to whole blocks."""
-        return BlockPaddingCollator(token_id(tokenizer, "pad_token"), self._find_block_size(args))
+        return BlockPaddingCollator(token_id(tokenizer, "pad_token"), block_size_of(self.lm, args.block_size))
 
     def _noising_settings(self, args: BD3LMConfig, tokenizer, stream: str) -> dict[str, Any]:
         if self.spec.logit_shift:
@@ -69,12 +68,9 @@ class BD3LMTrainer(MDLMTrainer):
                 f"block diffusion needs logits that predict their own position, {self.spec.name} predicts the next "
                 "one: use MDLMTrainer"
             )
-        self.block_size = self._find_block_size(args)
+        self.block_size = block_size_of(self.lm, args.block_size)
         settings = super()._noising_settings(args, tokenizer, stream)
         return {**settings, "block_size": self.block_size, "time_per": args.time_per}
-
-    def _find_block_size(self, args: BD3LMConfig) -> int:
-        return args.block_size or self.spec.block_size or DEFAULT_BLOCK_SIZE
 
     def network_inputs(self, inputs: Batch) -> dict[str, Any]:
         """[x_t ; x_0] with its mask and positions; x_t alone for rows of a single block."""
