@@ -22,9 +22,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import ModelOutput
 
 from dllm.core.attention import prepare_mask
+from dllm.core.carry import Carry
 from dllm.core.split import LayerInputs, SplitCallback, SplitState
 from dllm.models.layers import RMSNorm, RotaryEmbedding, pick
 from dllm.models.moe import Router, RouterRecorder, RouterScores, load_balancing_loss
+from dllm.models.relay_norm import RELAY_NORM, RelayKeys, RelayNorm, relay_keys
 
 Mask = torch.Tensor | BlockMask
 
@@ -84,6 +86,9 @@ class FamilyModel(PreTrainedModel):
             self._zero_padding_row(module)
         if isinstance(module, RMSNorm):
             init.ones_(module.weight)
+        if isinstance(module, RelayNorm):
+            init.constant_(module.weight, 0.0 if module.gate == "zero" else 1.0)
+            init.zeros_(module.bias)
 
     @staticmethod
     def _zero_padding_row(embedding: nn.Embedding) -> None:
@@ -103,13 +108,43 @@ class Backbone(FamilyModel):
     rotary_emb: RotaryEmbedding
     layers: nn.ModuleList
     embedding: nn.Embedding
-    final_norm: nn.Module
+    final_norm: RMSNorm | nn.LayerNorm
+    relay_layer_norm: nn.Module | None  # memdlm.relay; under PEFT a wrapper around it
 
     def __init__(self, config) -> None:
         super().__init__(config)
         # Set by dllm.core.split.at_layer.
         self.split_layer: int = -1
         self.split_callback: SplitCallback | None = None
+        # Set by dllm.core.carry.carrying.
+        self.carry: Carry | None = None
+        self.register_module(RELAY_NORM, None)
+
+    def post_init(self) -> None:
+        """As in transformers, after the relay's norm has been built where the configuration asks for one."""
+        keys = relay_keys(self.config)
+        if keys is not None:
+            self._build_relay_norm(keys)
+        super().post_init()
+
+    def add_relay_norm(self, keys: RelayKeys) -> None:
+        """Gives the model a new relay norm, in the dtype and on the device of the embedding, and notes it in the
+        configuration.
+
+        Raises:
+            ValueError: it has one.
+        """
+        if self.relay_layer_norm is not None:
+            raise ValueError("the model has a relay norm already: nothing is to be added")
+        weight = self.embedding.weight
+        self._build_relay_norm(keys).to(weight.device, weight.dtype)
+        for name, value in keys.as_config().items():
+            setattr(self.config, name, value)
+
+    def _build_relay_norm(self, keys: RelayKeys) -> RelayNorm:
+        norm = RelayNorm(self.config.hidden_size, self.final_norm.eps, keys.gate)
+        self.relay_layer_norm = norm
+        return norm
 
     def scale_embeddings(self, hidden: torch.Tensor) -> torch.Tensor:
         """What a family does to the embeddings [B, L, D] before the first layer; nothing unless it says otherwise."""
@@ -161,9 +196,13 @@ class Backbone(FamilyModel):
             if output_hidden_states:
                 states.append(hidden)
             hidden = layer(hidden, **layer_inputs)
+            if self.carry is not None and stop_at is None:
+                self.carry.take(index, hidden)
         if stop_at is not None:
             return SplitState(hidden, for_replay(layer_inputs))
         hidden = self.final_norm(hidden)
+        if self.carry is not None:
+            self.carry.take(len(self.layers), hidden)
         logits, choices = recorder.close() if recorder is not None else (None, None)
         if recorder is not None and not logits:
             raise ValueError("the model has no routed experts: drop output_router_logits")
@@ -216,7 +255,14 @@ class Backbone(FamilyModel):
         """Input of the first layer, [B, L, D], from ids or from embeddings."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        return self.scale_embeddings(self.embedding(input_ids) if inputs_embeds is None else inputs_embeds)
+        embedded = inputs_embeds
+        if embedded is None:
+            embedded = self.embedding(input_ids)
+        if self.carry is not None:
+            if input_ids is None:
+                raise ValueError("a state carried between forwards is added by token: pass input_ids")
+            embedded = self.carry.add(input_ids, embedded)
+        return self.scale_embeddings(embedded)
 
     def _layer_inputs(self, hidden, attention_mask, position_ids, past_key_values, recorder) -> LayerInputs:
         if position_ids is None:

@@ -16,7 +16,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from dllm.models.relay_norm import with_present_names
+
 DEFAULT_BLOCK_SIZE = 32  # for families that name none
+
 ROLES = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -187,6 +190,7 @@ def load_config(
         ValueError: no family fits and trust_remote_code is off; or the configuration is not supported.
     """
     raw, _ = PreTrainedConfig.get_config_dict(model_name_or_path, **hub_options)
+    raw = with_present_names(raw)
     try:
         spec = find_spec(raw)
     except ValueError:
