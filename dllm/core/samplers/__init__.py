@@ -1,7 +1,7 @@
 """Samplers: from masks to tokens."""
 
 from dllm.core.reveal import add_gumbel_noise, get_num_transfer_tokens
-from dllm.core.samplers.base import BaseSampler, BaseSamplerConfig, BaseSamplerOutput
+from dllm.core.samplers.base import BaseSampler, BaseSamplerConfig, BaseSamplerOutput, Visit
 from dllm.core.samplers.block import BLOCK_PRESETS, BlockSampler, BlockSamplerConfig
 from dllm.core.samplers.mdlm import MDLM_PRESETS, MDLMSampler, MDLMSamplerConfig
 
@@ -15,6 +15,7 @@ __all__ = [
     "BlockSamplerConfig",
     "MDLMSampler",
     "MDLMSamplerConfig",
+    "Visit",
     "add_gumbel_noise",
     "get_num_transfer_tokens",
 ]

@@ -1,4 +1,7 @@
-"""What every sampler has: a configuration, an output, a model to ask."""
+"""What every sampler has: a configuration, an output, a model to ask.
+
+Shapes: B rows, L columns of what is decoded, W columns of a forward.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import transformers
 from torch import nn
 
 from dllm.core.noising import derive_seed
-from dllm.models.backbone import unwrap
+from dllm.models.backbone import DiffusionLMOutput, unwrap
 from dllm.models.spec import spec_of
 from dllm.utils.parsing import InputError
 from dllm.utils.tokens import token_id
@@ -70,6 +73,27 @@ class BaseSamplerOutput:
         return self.num_committed / self.nfe.clamp(min=1)
 
 
+@dataclass(frozen=True)
+class Visit:
+    """What a forward of a sampler is for: all that whoever carries a state per row from one denoising step to the next
+    (`BaseSampler.run_model`) needs to know. Row b of every forward of a call is row b of what is decoded.
+
+    A carried state belongs to (pass_index, row, column). It is read and replaced at `columns` in the rows that are
+    `active`, and in no others: then a batch of B decodes like B singles. At the columns that are `settled` nothing
+    carried is added to the input: their keys and values outlive the step, and must be those of the tokens alone.
+    """
+
+    columns: torch.Tensor  # int64 [B, W], where each input token stands, 0 to L - 1
+    active: torch.Tensor  # bool [B], rows with something to fill in (or to edit) by the logits of this forward
+    start: torch.Tensor  # int64 [B], first column of the block that the row is in
+    width: int  # L, so that a state [B, L, D] can be made
+    reveals: bool = True  # False: no row is active, the forward only fills a cache
+    # bool [B or 1, W]; None: none. Finished blocks of a block-causal model, cached or not; with an approximate cache
+    # what its first forward keeps outside the window, tokens of later blocks (still masked) among them.
+    settled: torch.Tensor | None = None
+    pass_index: int = 0  # with classifier-free guidance 0 sees the given tokens and 1 does not
+
+
 class BaseSampler(ABC):
     """Fills in mask tokens with a masked-diffusion LM.
 
@@ -80,6 +104,9 @@ class BaseSampler(ABC):
 
     config_class: type[BaseSamplerConfig] = BaseSamplerConfig
     presets: Mapping[str, Mapping[str, Any]] = {}  # published settings by name
+    # Whether `run_model` adds to the input something that it carries from step to step. Keys and values of a block are
+    # then computed once more when it is finished, though its last step may have changed none of its tokens.
+    carries_state: bool = False
 
     def __init__(self, model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
         self.model = model
@@ -91,6 +118,17 @@ class BaseSampler(ABC):
         turn = tokenizer.get_vocab().get(self.spec.end_of_turn_token)
         # What ends an answer: the end of the text, or of the turn in a chat.
         self.end_token_ids = sorted({self.eos_token_id, *([] if turn is None else [turn])})
+
+    def begin(self, num_rows: int, width: int) -> None:  # noqa: B027 (a hook that need not be overridden)
+        """Called before the first forward of every `sample` and `infill`, with B and L; does nothing here."""
+
+    def run_model(self, visit: Visit, **inputs: Any) -> DiffusionLMOutput:
+        """The model's output on `inputs` (as in `DiffusionLM.forward`): every forward of a sampler goes through here.
+
+        Args:
+            visit: what the forward is for; a subclass that carries a state between denoising steps goes by it.
+        """
+        return self.model(**inputs)
 
     @abstractmethod
     def sample(

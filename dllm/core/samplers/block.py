@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dllm.core.reveal import choose_above, choose_positions, get_num_transfer_tokens, mix_keys, propose
-from dllm.core.samplers.base import BaseSampler, BaseSamplerConfig, BaseSamplerOutput, Observer, Prompt
+from dllm.core.samplers.base import BaseSampler, BaseSamplerConfig, BaseSamplerOutput, Observer, Prompt, Visit
 from dllm.core.samplers.cache import RowCache
 from dllm.utils.parsing import InputError
 
@@ -229,6 +229,7 @@ class BlockSampler(BaseSampler):
         table = get_num_transfer_tokens(torch.arange(size + 1), settings.steps_per_block or size)
         table = table.clamp(min=settings.min_transfer).to(state.ids.device)  # [s + 1, S]
         banned = self.banned(settings)
+        self.begin(*state.ids.shape)
         if cache is not None:
             self._prefill(state, cache, size)
         while True:
@@ -240,12 +241,13 @@ class BlockSampler(BaseSampler):
             stale = state.active & state.is_stale & (state.step == 0)
             others = torch.where(state.active, state.start, state.start.max()).min()
             counts = (masked | editable).sum(dim=1)
+            active = state.active & (counts > 0)
             asked = [state.active.any(), stale.any(), others, state.start.max(), counts.max()]
             is_left, any_stale, lowest, highest, most = torch.stack([x.long() for x in asked]).tolist()
             if not is_left:
                 return histories
             order = (~(masked | editable)).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]  # [B, n]
-            logits = self._logits(state, cache, size, order, bool(any_stale), lowest, highest)
+            logits = self._logits(state, cache, size, order, active, bool(any_stale), lowest, highest)
             self._step(state, settings, size, table, banned, logits, order, masked, editable)
             if histories is not None:
                 histories.append(shown())
@@ -257,10 +259,11 @@ class BlockSampler(BaseSampler):
         end = int(state.start.max())
         chunk = max(1, PREFILL_COLUMNS // size) * size
         nothing = torch.zeros(0, dtype=torch.int64, device=state.ids.device)
+        nobody = torch.zeros_like(state.active)
         for low in range(0, end, chunk):
             high = min(low + chunk, end)
             columns = torch.arange(low, high, device=state.ids.device).expand(len(state.ids), -1)
-            self._run(state, cache, columns, high, size, nothing, same_for_all=True)
+            self._run(state, cache, columns, high, size, nothing, nobody, same_for_all=True, reveals=False)
         state.nfe += (state.start > 0) & state.active
 
     def _logits(
@@ -269,6 +272,7 @@ class BlockSampler(BaseSampler):
         cache: RowCache | None,
         size: int,
         order: torch.Tensor,
+        active: torch.Tensor,
         any_stale: bool,
         lowest: int,
         highest: int,
@@ -287,9 +291,8 @@ class BlockSampler(BaseSampler):
         # A window that is the last block of what is seen sees everything.
         unmasked = together and window.shape[1] == size and not state.hides
         state.nfe += state.active
-        return self._run(
-            state, cache, window, end, size, (rows + within).flatten(), same_for_all=cache is None, unmasked=unmasked
-        )
+        wanted = (rows + within).flatten()
+        return self._run(state, cache, window, end, size, wanted, active, same_for_all=cache is None, unmasked=unmasked)
 
     def _run(
         self,
@@ -299,8 +302,10 @@ class BlockSampler(BaseSampler):
         end: int,
         size: int,
         logit_positions: torch.Tensor,
+        active: torch.Tensor,
         same_for_all: bool = False,
         unmasked: bool = False,
+        reveals: bool = True,
     ) -> torch.Tensor:
         """One forward on the tokens at `columns` [B, W], which see columns [0, end) as far as they may."""
         mask = None
@@ -311,13 +316,16 @@ class BlockSampler(BaseSampler):
             if state.hides:
                 mask = mask & (keys < state.length[:, None, None])
             mask = mask[:, None]
-        output = self.model(
+        visit = Visit(columns, active, state.start, state.ids.shape[1], reveals, columns < state.start[:, None])
+        output = self.run_model(
+            visit,
             input_ids=state.ids.gather(1, columns),
             attention_mask=mask,
             position_ids=columns,
             past_key_values=None if cache is None else cache.window(columns, end),
             logit_positions=logit_positions,
         )
+        assert output.logits is not None
         return output.logits
 
     def _step(
@@ -372,7 +380,7 @@ class BlockSampler(BaseSampler):
             state.is_masked &= ~ended[:, None]
         state.active = state.active & (~goes_on | state.is_masked.any(dim=1))
         state.start = torch.where(state.active, state.start, 0)
-        state.is_stale = torch.where(goes_on, changed, state.is_stale)
+        state.is_stale = torch.where(goes_on, changed | self.carries_state, state.is_stale)
         state.step = torch.where(goes_on, 0, state.step)
         state.post_steps = torch.where(goes_on, 0, state.post_steps)
         entered = _in_block(state.is_masked, state.start, size).sum(dim=1)

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import torch
 
 from dllm.core.reveal import Remasking, choose_above, choose_positions, get_num_transfer_tokens, mix_keys, propose
-from dllm.core.samplers.base import BaseSampler, BaseSamplerConfig, BaseSamplerOutput, Observer, Prompt
+from dllm.core.samplers.base import BaseSampler, BaseSamplerConfig, BaseSamplerOutput, Observer, Prompt, Visit
 from dllm.core.samplers.cache import CacheKind, WindowCache
 from dllm.utils.parsing import InputError
 
@@ -175,6 +175,7 @@ class MDLMSampler(BaseSampler):
     def _denoise(self, canvas: _Canvas, settings: MDLMSamplerConfig, on_step: Observer | None) -> BaseSamplerOutput:
         steps = _steps_per_block(canvas.num_masked, settings.steps)  # [B, number of blocks]
         given = ~canvas.is_masked
+        self.begin(*canvas.ids.shape)
         nfe = torch.zeros(len(canvas.ids), dtype=torch.int64, device=canvas.ids.device)
         histories: list[torch.Tensor] | None = [] if settings.histories else None
         for block in range(len(canvas.blocks)):
@@ -207,8 +208,8 @@ class MDLMSampler(BaseSampler):
             order = (~masked).to(torch.uint8).argsort(dim=1, stable=True)[:, :n]  # masked positions come first
             columns = start + order  # [B, n]
             candidates = masked.gather(1, order)  # [B, n], False where a row has fewer than n
-            needed = candidates.any(dim=1) * len(passes)
-            logits = self._guided(passes, canvas, columns, given, settings.cfg_scale)
+            active = candidates.any(dim=1)
+            logits = self._guided(passes, canvas, columns, active, given, settings.cfg_scale)
             keys = None if canvas.keys is None else _position_keys(canvas, columns, step)
             tokens, scores = propose(logits, settings.remasking, settings.temperature, keys, banned)
             tokens, scores = tokens.view_as(columns), scores.view_as(columns)
@@ -219,45 +220,65 @@ class MDLMSampler(BaseSampler):
             canvas.is_masked.scatter_(1, columns, candidates & ~chosen)
             if settings.early_stop:
                 self._end_rows(canvas)
-            yield needed
+            yield active * len(passes)
 
     def _passes(self, canvas: _Canvas, start: int, end: int, settings: MDLMSamplerConfig) -> list[_Pass]:
         """The forwards of a step: one, and with guidance a second that does not see the given tokens."""
         count = 2 if settings.cfg_scale > 0 else 1
         length = canvas.ids.shape[1]
         if settings.cache == "none":
-            return [_Pass(None, (0, length))] * count
+            return [_Pass(index, None, start, (0, length)) for index in range(count)]
         # A shifted model predicts the first token of the block one column before it.
         window = (max(0, start - self.spec.logit_shift), length if settings.cache == "prefix" else end)
         num_layers = len(self.lm.backbone.layers)
-        return [_Pass(WindowCache(num_layers, *window), window) for _ in range(count)]
+        return [_Pass(index, WindowCache(num_layers, *window), start, window) for index in range(count)]
 
     def _guided(
-        self, passes: list[_Pass], canvas: _Canvas, columns: torch.Tensor, given: torch.Tensor, scale: float
+        self,
+        passes: list[_Pass],
+        canvas: _Canvas,
+        columns: torch.Tensor,
+        active: torch.Tensor,
+        given: torch.Tensor,
+        scale: float,
     ) -> torch.Tensor:
         """Logits [B * n, V] that predict the tokens at `columns` [B, n]."""
-        conditional = self._logits(passes[0], canvas, canvas.ids, columns)
+        conditional = self._logits(passes[0], canvas, canvas.ids, columns, active)
         if len(passes) == 1:
             return conditional
         blank = torch.where(given, self.mask_token_id, canvas.ids)
-        unconditional = self._logits(passes[1], canvas, blank, columns)
+        unconditional = self._logits(passes[1], canvas, blank, columns, active)
         return unconditional + (1 + scale) * (conditional - unconditional)
 
-    def _logits(self, which: _Pass, canvas: _Canvas, ids: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        cache = which.cache
+    def _logits(
+        self, which: _Pass, canvas: _Canvas, ids: torch.Tensor, columns: torch.Tensor, active: torch.Tensor
+    ) -> torch.Tensor:
+        cache, length = which.cache, ids.shape[1]
         # The first forward of a block sees all columns and fills the cache.
-        low, high = (0, ids.shape[1]) if cache is None or cache.get_seq_length() == 0 else which.window
+        fills = cache is not None and cache.get_seq_length() == 0
+        low, high = (0, length) if cache is None or fills else which.window
+        seen = torch.arange(low, high, device=ids.device)[None]  # [1, W]
+        visit = Visit(
+            columns=seen.expand(len(ids), -1),
+            active=active,
+            start=torch.full_like(active, which.start, dtype=torch.int64),
+            width=length,
+            settled=(seen < which.window[0]) | (seen >= which.window[1]) if fills else None,
+            pass_index=which.index,
+        )
         position_ids = canvas.position_ids
         if position_ids is None and cache is not None:
-            position_ids = torch.arange(ids.shape[1], device=ids.device)[None]
+            position_ids = torch.arange(length, device=ids.device)[None]
         rows = torch.arange(len(ids), device=ids.device)[:, None] * (high - low)  # [B, 1]
-        output = self.model(
+        output = self.run_model(
+            visit,
             input_ids=ids[:, low:high],
             attention_mask=canvas.attention_mask,
             position_ids=None if position_ids is None else position_ids[:, low:high],
             past_key_values=cache,
             logit_positions=(rows + columns - low - self.spec.logit_shift).flatten(),
         )
+        assert output.logits is not None
         return output.logits
 
     def _end_rows(self, canvas: _Canvas) -> None:
@@ -289,11 +310,15 @@ class MDLMSampler(BaseSampler):
 class _Pass:
     """One of the forwards of a step.
 
+    index: which one, 0 or 1.
     cache: keys and values of the block's first forward, or None.
+    start: first column of the block.
     window: columns that later forwards compute anew.
     """
 
+    index: int
     cache: WindowCache | None
+    start: int
     window: tuple[int, int]
 
 
