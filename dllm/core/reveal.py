@@ -1,11 +1,12 @@
 """Which masked positions a denoising step commits: how many, by which confidence. No loops over rows, no draws without
 a generator or a key.
 
-Shapes: B rows, L positions, V vocabulary, S steps.
+Shapes: B rows, L positions, V vocabulary, S steps, K blocks of a row, s positions of a block.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -13,6 +14,8 @@ import torch
 from dllm.core.losses import chunk_rows
 
 Remasking = Literal["low_confidence", "random", "margin", "entropy"]
+# Which positions to commit: (scores [rows, n], allowed bool [rows, n]) -> bool [rows, n].
+RevealRule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def get_num_transfer_tokens(num_masked: torch.Tensor, steps: int | torch.Tensor) -> torch.Tensor:
@@ -204,3 +207,59 @@ def choose_above(scores: torch.Tensor, allowed: torch.Tensor, threshold: float) 
     L]."""
     best = choose_positions(scores, allowed, torch.ones(scores.shape[0], dtype=torch.int64, device=scores.device))
     return best | (allowed & (scores > threshold))
+
+
+def choose_within(scores: torch.Tensor, allowed: torch.Tensor, max_uncertainty: float | torch.Tensor) -> torch.Tensor:
+    """The surest allowed positions of every row whose 1 - score add up to less than `max_uncertainty`, as many as do,
+    and at least the best allowed one: bool [B, L]; ties go to the lower position.
+
+    Sorted by 1 - score, that is the longest prefix with a sum strictly below it (Relay, arXiv 2605.22967, Sudoku).
+
+    Args:
+        scores: probabilities, float [B, L].
+        allowed: bool [B, L].
+        max_uncertainty: a number, or a tensor without dimensions; from 0 on down the best one alone is chosen.
+    """
+    # Sums must not fall again: rounding may put a probability a little above 1.
+    doubts = torch.where(allowed, (1 - scores).clamp(min=0), torch.inf)
+    counts = (doubts.sort(dim=1).values.cumsum(dim=1) < max_uncertainty).sum(dim=1)  # [B]
+    return choose_positions(scores, allowed, counts.clamp(min=1))
+
+
+def earliest_part(allowed: torch.Tensor, part_size: int) -> torch.Tensor:
+    """`allowed` [B, L] inside the earliest of its parts of `part_size` positions that has any, False outside: bool [B,
+    L]."""
+    first = allowed.int().argmax(dim=1, keepdim=True) // part_size  # [B, 1]
+    return allowed & (torch.arange(allowed.shape[1], device=allowed.device) // part_size == first)
+
+
+def choose_in_blocks(
+    rule: RevealRule, scores: torch.Tensor, allowed: torch.Tensor, block_size: int, part_size: int | None = None
+) -> torch.Tensor:
+    """What `rule` chooses in each block of a row by itself, in all blocks at once: bool [B, L].
+
+    The same as `rule` on every slice [:, k * block_size : (k + 1) * block_size]; the last block may be shorter. A rule
+    that commits at least the best position of a row so commits at least the best one of every block.
+
+    Args:
+        rule: applied to [B * K, s]; for example `lambda scores, allowed: choose_above(scores, allowed, 0.85)`.
+        scores: float [B, L].
+        allowed: bool [B, L].
+        block_size: s, at least 1; blocks are counted from the first position.
+        part_size: only the earliest part of this many positions that has an allowed one may be chosen from, in each
+            block (`earliest_part`); a divisor of block_size. None: the whole block.
+
+    Raises:
+        ValueError: block_size below 1, or a part_size that does not divide it.
+    """
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    if part_size is not None and (part_size < 1 or block_size % part_size):
+        raise ValueError(f"part_size={part_size} does not divide block_size={block_size}: choose a divisor")
+    num_rows, length = scores.shape
+    missing = (0, -length % block_size)
+    scores = torch.nn.functional.pad(scores, missing).view(-1, block_size)  # [B * K, s]
+    allowed = torch.nn.functional.pad(allowed, missing).view(-1, block_size)
+    if part_size is not None:
+        allowed = earliest_part(allowed, part_size)
+    return rule(scores, allowed).view(num_rows, -1)[:, :length]

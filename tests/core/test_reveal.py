@@ -6,8 +6,11 @@ import torch
 from dllm.core.reveal import (
     add_gumbel_noise,
     choose_above,
+    choose_in_blocks,
     choose_positions,
+    choose_within,
     confidence,
+    earliest_part,
     get_num_transfer_tokens,
     hashed_uniform,
     mix_keys,
@@ -184,3 +187,82 @@ def test_narrowing_equals_sorting_each_row(top_k: int | None, top_p: float | Non
 
 def test_ties_do_not_widen_the_top_k() -> None:
     assert int(torch.isfinite(narrow(torch.zeros(1, 5), 1.0, 2, None)).sum()) == 2
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.15, 0.6, 2.0, 50.0])
+def test_choose_within_equals_adding_up_row_by_row(budget: float) -> None:
+    generator = torch.Generator().manual_seed(6)
+    scores = torch.rand(7, 11, generator=generator, dtype=torch.float64)
+    allowed = torch.rand(7, 11, generator=generator) < 0.7
+    allowed[2] = False
+    for value in (budget, torch.tensor(budget)):
+        chosen = choose_within(scores, allowed, value)
+        for b in range(7):
+            candidates = sorted((p for p in range(11) if allowed[b, p]), key=lambda p: 1 - float(scores[b, p]))
+            wanted, total = candidates[:1], 0.0
+            for number, place in enumerate(candidates, start=1):
+                total += 1 - float(scores[b, place])
+                if total >= budget:
+                    break
+                wanted = candidates[:number]
+            assert sorted(chosen[b].nonzero()[:, 0].tolist()) == sorted(wanted)
+
+
+def test_choose_within_at_its_borders() -> None:
+    allowed = torch.tensor([[False, True, True, True, True]])
+    # Strictly below: 0.25 + 0.25 does not go into 0.5. Ties go to the lower position.
+    quarter = torch.full((1, 5), 0.75)
+    assert choose_within(quarter, allowed, 0.5)[0].tolist() == [False, True, False, False, False]
+    assert choose_within(quarter, allowed, 0.5001)[0].tolist() == [False, True, True, False, False]
+    # Scores whose difference 1 - score does not show still have an order, that of `choose_positions`.
+    tiny = torch.tensor([[0.0, 1e-12, 2e-12, 0.0, 0.0]])
+    best = choose_positions(tiny, allowed, torch.tensor([1]))
+    assert torch.equal(choose_within(tiny, allowed, 0.1), best) and bool(best[0, 2])
+    # A probability that rounding put above 1 does not make room for others.
+    above = torch.tensor([[0.5, 1 + 1e-3, 1 + 1e-3, 0.9, 0.2]])
+    assert choose_within(above, allowed, 0.1)[0].tolist() == [False, True, True, False, False]
+
+
+RULES = {
+    "above": lambda scores, allowed: choose_above(scores, allowed, 0.85),
+    "within": lambda scores, allowed: choose_within(scores, allowed, 0.4),
+    "best": lambda scores, allowed: choose_positions(scores, allowed, torch.ones(len(scores), dtype=torch.int64)),
+}
+
+
+@pytest.mark.parametrize("part_size", [None, 1, 2, 4])
+@pytest.mark.parametrize("length", [3, 4, 13])
+@pytest.mark.parametrize("name", RULES)
+def test_rules_in_blocks_equal_a_loop_over_the_blocks(name: str, length: int, part_size: int | None) -> None:
+    generator = torch.Generator().manual_seed(length)
+    scores = torch.rand(5, length, generator=generator, dtype=torch.float64)
+    allowed = torch.rand(5, length, generator=generator) < 0.6
+    allowed[1] = False
+    chosen = choose_in_blocks(RULES[name], scores, allowed, 4, part_size)
+    assert chosen.shape == (5, length)
+    for b in range(5):
+        for low in range(0, length, 4):
+            block = range(low, min(low + 4, length))
+            places = [p for p in block if allowed[b, p]]
+            if part_size is not None and places:
+                first = (places[0] - low) // part_size
+                places = [p for p in places if (p - low) // part_size == first]
+            only = torch.tensor([[p in places for p in block]])
+            wanted = RULES[name](scores[b : b + 1, low : low + 4], only)[0].tolist()
+            assert chosen[b, low : low + 4].tolist() == wanted
+            assert any(wanted) == bool(places)
+
+
+def test_the_earliest_part_with_masks() -> None:
+    allowed = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1]]).bool()
+    wanted = torch.tensor([[0, 0, 0, 1, 0, 0], [1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1]]).bool()
+    assert torch.equal(earliest_part(allowed, 2), wanted)
+
+
+def test_blocks_that_cannot_be_cut() -> None:
+    scores, allowed = torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match="block_size must be at least 1"):
+        choose_in_blocks(RULES["best"], scores, allowed, 0)
+    for part_size in (3, 0, 8):
+        with pytest.raises(ValueError, match=f"part_size={part_size} does not divide block_size=4"):
+            choose_in_blocks(RULES["best"], scores, allowed, 4, part_size)
