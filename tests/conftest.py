@@ -59,6 +59,16 @@ TINY = {
         "vocab_size": 40,
         "mask_token_id": 39,
     },
+    "fast_dllm_v2": {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 3,
+        "intermediate_size": 24,
+        "vocab_size": 40,
+        "mask_token_id": 39,
+        "tie_word_embeddings": False,
+    },
 }
 
 

@@ -1,6 +1,7 @@
 """Model families. Importing this package registers them with transformers' Auto classes."""
 
 from dllm.models.backbone import Backbone, DiffusionLM, DiffusionLMOutput, unwrap
+from dllm.models.fast_dllm_v2 import Fast_dLLM_QwenConfig, Fast_dLLM_QwenForCausalLM, Fast_dLLM_QwenModel
 from dllm.models.llada import LLaDAConfig, LLaDAModel, LLaDAModelLM
 from dllm.models.llada2_moe import LLaDA2MoeConfig, LLaDA2MoeModel, LLaDA2MoeModelLM
 from dllm.models.llada_moe import LLaDAMoEConfig, LLaDAMoEModel, LLaDAMoEModelLM
@@ -34,6 +35,19 @@ LLADA_MOE_CHAT_TEMPLATE = (
     "{{ '<|role_end|>' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<role>ASSISTANT</role>' }}{% endif %}"
+)
+
+# ChatML; a conversation without a system message gets the published one.
+FAST_DLLM_V2_CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
+    "{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{{ message['content'] | trim }}"
+    "{{ '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 LLADA = ModelSpec(
@@ -123,16 +137,46 @@ LLADA2_MOE = ModelSpec(
     exact_block_cache=True,
 )
 
-for _spec in (LLADA, LLADA_MOE, LLADA2_MOE):
+FAST_DLLM_V2 = ModelSpec(
+    name="fast_dllm_v2",
+    model_types=("Fast_dLLM_Qwen",),
+    architectures=("Fast_dLLM_QwenForCausalLM", "Fast_dLLM_QwenModel"),
+    config_class=Fast_dLLM_QwenConfig,
+    backbone_class=Fast_dLLM_QwenModel,
+    model_class=Fast_dLLM_QwenForCausalLM,
+    mask_token="|<MASK>|",
+    end_of_turn_token="<|im_end|>",
+    pad_token="<|im_end|>",
+    bos_token="<|endoftext|>",
+    eos_token="<|im_end|>",
+    special_tokens=("<|endoftext|>", "<|im_start|>", "<|im_end|>", "|<MASK>|"),
+    chat_template=FAST_DLLM_V2_CHAT_TEMPLATE,
+    layers="model.layers",
+    final_norm="model.norm",
+    head="lm_head",
+    embedding="model.embed_tokens",
+    linear_roles={role: role for role in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")},
+    logit_shift=1,
+    attention="block_causal",
+    block_size=32,
+    block_size_field="bd_size",
+    exact_block_cache=True,
+)
+
+for _spec in (LLADA, LLADA_MOE, LLADA2_MOE, FAST_DLLM_V2):
     register_spec(_spec)
 
 __all__ = [
+    "FAST_DLLM_V2",
     "LLADA",
     "LLADA2_MOE",
     "LLADA_MOE",
     "Backbone",
     "DiffusionLM",
     "DiffusionLMOutput",
+    "Fast_dLLM_QwenConfig",
+    "Fast_dLLM_QwenForCausalLM",
+    "Fast_dLLM_QwenModel",
     "LLaDA2MoeConfig",
     "LLaDA2MoeModel",
     "LLaDA2MoeModelLM",

@@ -74,6 +74,14 @@ TINY_SIZES: dict[str, dict[str, Any]] = {
         "intermediate_size": 128,
         "max_position_embeddings": 4096,
     },
+    "fast_dllm_v2": {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 4,
+        "intermediate_size": 128,
+        "max_position_embeddings": 4096,
+    },
 }
 
 

@@ -45,6 +45,15 @@ SIZES = {
         "moe_intermediate_size": 12,
         "intermediate_size": 20,
     },
+    "fast_dllm_v2": {
+        "vocab_size": 23,
+        "hidden_size": 24,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 3,
+        "intermediate_size": 20,
+        "tie_word_embeddings": False,
+    },
 }
 
 

@@ -114,6 +114,7 @@ def test_dropout_follows_the_configuration(family, make_model, ids):
         "llada": ["attention_dropout", "residual_dropout", "embedding_dropout"],
         "llada_moe": ["attention_dropout"],
         "llada2_moe": ["attention_dropout"],
+        "fast_dllm_v2": ["attention_dropout"],
     }
     for rate in rates[family]:
         model = make_model(family, **{rate: 0.5})

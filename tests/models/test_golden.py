@@ -14,6 +14,12 @@ TOLERANCE = 1e-4
 FOLDERS = {"llada": "llada", "llada_moe": "lladamoe", "llada2_moe": "llada21"}
 
 
+@pytest.fixture(params=sorted(FOLDERS))
+def family(request) -> str:
+    """Each family whose published implementation was recorded; Fast-dLLM v2 is held against Qwen2 instead."""
+    return request.param
+
+
 @pytest.fixture(params=["sdpa", "eager"])
 def golden(request, family, shared_dir, tmp_path):
     folder = shared_dir / "golden" / FOLDERS[family]

@@ -23,7 +23,7 @@ STRINGS = [
 def folders(tmp_path_factory):
     return {
         family: make_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / family, family, text=TEXT, vocab_size=300)
-        for family in ("llada", "llada_moe", "llada2_moe")
+        for family in ("llada", "llada_moe", "llada2_moe", "fast_dllm_v2")
     }
 
 
@@ -70,8 +70,9 @@ def test_the_prompt_is_a_prefix_of_the_conversation(folder, family, answer):
     both = tokenizer.apply_chat_template(whole)["input_ids"]
     assert both[: len(first)] == first
     end = tokenizer.convert_tokens_to_ids(get_spec(family).end_of_turn_token)
-    assert both[-1] == end
-    assert tokenizer.decode(both[len(first) : -1]) == answer.strip()
+    closed = both.index(end, len(first))
+    assert tokenizer.decode(both[len(first) : closed]) == answer.strip()
+    assert tokenizer.decode(both[closed + 1 :]).strip() == ""
 
 
 def test_the_same_arguments_give_the_same_files(folder, family, tmp_path):

@@ -1,0 +1,218 @@
+"""Fast-dLLM v2: Qwen2.5 turned into a block-diffusion model (arXiv 2509.26328).
+
+The network is that of Qwen2 and the logit at position p - 1 predicts token p; the mask alone says that positions see
+their own block and those before it. At block size 1 it is Qwen2 with a causal mask. Shapes: B rows, L positions, D
+hidden, n_h heads, n_kv key heads, d head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from dllm.models.backbone import Backbone, DiffusionLM, Mask
+from dllm.models.layers import AttentionMixin, RMSNorm, RotaryEmbedding, SwiGLU, pick, plain_rope_theta
+from dllm.models.moe import RouterRecorder
+
+
+class Fast_dLLM_QwenConfig(PreTrainedConfig):
+    """Configuration of Fast-dLLM v2; field names, the misspelt one too, are those of the published config.json.
+
+    sliding_window and max_window_layers are stored and not used, as in Qwen2 without use_sliding_window. `use_cache` is
+    stored and not used: the argument of forward decides.
+
+    Raises:
+        ValueError: a setting that this implementation does not have.
+    """
+
+    model_type = "Fast_dLLM_Qwen"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 151936
+    hidden_size: int = 1536
+    intermediate_size: int = 8960
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = 2  # None: as many as attention heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 32768  # tokens; for information, positions are not limited
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1000000.0
+    attention_dropout: float = 0.0  # in [0, 1)
+    bd_size: int = 32  # positions of a block, at least 1
+    conplemenrary_mask: bool = True  # trained on each row twice, with a mask and with its complement
+    use_sliding_window: bool = False
+    layer_types: list[str] | None = None  # per layer "full_attention"; None: all of them
+    output_router_logits: bool = False  # there is no router; True is an error
+    use_cache: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    mask_token_id: int | None = None
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs) -> None:
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // max(1, self.num_attention_heads)
+        theta = plain_rope_theta(kwargs)
+        self.rope_theta = self.rope_theta if theta is None else theta
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        unsupported = "unsupported Fast-dLLM v2 configuration"
+        # Divided by below.
+        for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "key_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{unsupported}: {name}={getattr(self, name)} must be positive")
+        heads, pad = self.num_attention_heads, self.pad_token_id
+        found = []
+        if self.hidden_act != "silu":
+            found.append(f"hidden_act={self.hidden_act!r} (only 'silu')")
+        if self.use_sliding_window:
+            found.append("use_sliding_window=True (attention sees all that its mask lets it see)")
+        if set(self.layer_types or []) - {"full_attention"}:
+            found.append(f"layer_types={self.layer_types} (only 'full_attention')")
+        if self.output_router_logits:
+            found.append("output_router_logits=True (there is no router)")
+        if heads % self.key_heads:
+            found.append(f"num_attention_heads={heads} must be a multiple of num_key_value_heads={self.key_heads}")
+        if self.head_width % 2:
+            found.append(f"head_dim={self.head_width} must be even")
+        if not 0 <= self.attention_dropout < 1:
+            found.append(f"attention_dropout={self.attention_dropout} must lie in [0, 1)")
+        if self.rope_theta <= 0:
+            found.append(f"rope_theta={self.rope_theta} must be positive")
+        if self.bd_size < 1:
+            found.append(f"bd_size={self.bd_size} must be at least 1")
+        if pad is not None and not 0 <= pad < self.vocab_size:
+            found.append(f"pad_token_id={pad} lies outside the vocabulary of {self.vocab_size}")
+        if found:
+            raise ValueError(f"{unsupported}: {'; '.join(found)}")
+
+    @property
+    def key_heads(self) -> int:
+        """Number of key heads."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of a head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+class Fast_dLLM_QwenAttention(nn.Module, AttentionMixin):
+    """Attention with grouped key heads; biases on queries, keys and values."""
+
+    def __init__(self, config: Fast_dLLM_QwenConfig, layer_idx: int) -> None:
+        super().__init__()
+        width, heads, key_heads = config.head_width, config.num_attention_heads, config.key_heads
+        self.set_attention(config, layer_idx, width, heads // key_heads, config.attention_dropout)
+        self.q_proj = nn.Linear(config.hidden_size, heads * width, bias=True)
+        self.k_proj = nn.Linear(config.hidden_size, key_heads * width, bias=True)
+        self.v_proj = nn.Linear(config.hidden_size, key_heads * width, bias=True)
+        self.o_proj = nn.Linear(heads * width, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        attention_mask: Mask | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        past_key_values: Cache | None,
+        wanted: torch.Tensor | None,
+    ) -> torch.Tensor:
+        query, key, value = (self.split_heads(f(hidden)) for f in (self.q_proj, self.k_proj, self.v_proj))
+        attended = self.attend(query, key, value, attention_mask, position_embeddings, past_key_values)
+        return self.o_proj(pick(attended, wanted))
+
+
+class Fast_dLLM_QwenLayer(GradientCheckpointingLayer):
+    """h += Attn(norm h); h += MLP(norm h)."""
+
+    def __init__(self, config: Fast_dLLM_QwenConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = Fast_dLLM_QwenAttention(config, layer_idx)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        attention_mask: Mask | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        past_key_values: Cache | None = None,
+        recorder: RouterRecorder | None = None,
+        wanted: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[B, L, D] -> [B, L, D], or [R, n, D] at the flat positions `wanted` [R, n]; there is no router to record."""
+        normed = self.input_layernorm(hidden)
+        attended = self.self_attn(normed, attention_mask, position_embeddings, past_key_values, wanted)
+        hidden = pick(hidden, wanted) + attended
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Fast_dLLM_QwenModel(Backbone):
+    """Backbone of Fast-dLLM v2."""
+
+    config_class = Fast_dLLM_QwenConfig
+    _no_split_modules = ["Fast_dLLM_QwenLayer"]
+
+    def __init__(self, config: Fast_dLLM_QwenConfig) -> None:
+        super().__init__(config)
+        # No padding row: rows are padded with the end-of-turn token, whose embedding must be trained.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Fast_dLLM_QwenLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config.head_width, config.rope_theta)
+        self.post_init()
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The token embedding."""
+        return self.embed_tokens
+
+    @property
+    def final_norm(self) -> RMSNorm:
+        """The norm before the head."""
+        return self.norm
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replaces the token embedding."""
+        self.embed_tokens = value
+
+
+class Fast_dLLM_QwenForCausalLM(DiffusionLM):
+    """Fast-dLLM v2 with its head; parameter names and shapes are those of Qwen2 and of the published checkpoints."""
+
+    config_class = Fast_dLLM_QwenConfig
+    _no_split_modules = ["Fast_dLLM_QwenLayer"]
+    # Only where the configuration says tie_word_embeddings.
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: Fast_dLLM_QwenConfig) -> None:
+        super().__init__(config)
+        self.model = Fast_dLLM_QwenModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] of hidden states [..., D] taken after the final norm."""
+        return self.lm_head(hidden)
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replaces the token embedding."""
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The head; it shares its weight with the embedding where they are tied."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replaces the head."""
+        self.lm_head = new_embeddings
