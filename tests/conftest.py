@@ -69,6 +69,17 @@ TINY = {
         "mask_token_id": 39,
         "tie_word_embeddings": False,
     },
+    "rotary_encoder": {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 3,
+        "intermediate_size": 24,
+        "vocab_size": 40,
+        "attention_dropout": 0.0,
+        "residual_dropout": 0.0,
+        "initializer_range": 0.02,
+        "mask_token_id": 39,
+    },
 }
 
 

@@ -5,6 +5,7 @@ from dllm.models.fast_dllm_v2 import Fast_dLLM_QwenConfig, Fast_dLLM_QwenForCaus
 from dllm.models.llada import LLaDAConfig, LLaDAModel, LLaDAModelLM
 from dllm.models.llada2_moe import LLaDA2MoeConfig, LLaDA2MoeModel, LLaDA2MoeModelLM
 from dllm.models.llada_moe import LLaDAMoEConfig, LLaDAMoEModel, LLaDAMoEModelLM
+from dllm.models.rotary_encoder import RotaryEncoderConfig, RotaryEncoderLM, RotaryEncoderModel
 from dllm.models.spec import (
     ModelSpec,
     block_size_of,
@@ -163,7 +164,30 @@ FAST_DLLM_V2 = ModelSpec(
     exact_block_cache=True,
 )
 
-for _spec in (LLADA, LLADA_MOE, LLADA2_MOE, FAST_DLLM_V2):
+ROTARY_ENCODER = ModelSpec(
+    name="rotary_encoder",
+    model_types=("rotary_encoder",),
+    architectures=("RotaryEncoderLM", "RotaryEncoderModel"),
+    config_class=RotaryEncoderConfig,
+    backbone_class=RotaryEncoderModel,
+    model_class=RotaryEncoderLM,
+    mask_token="[MASK]",
+    end_of_turn_token="[EOS]",
+    pad_token="[PAD]",
+    bos_token="[BOS]",
+    eos_token="[EOS]",
+    special_tokens=("[PAD]", "[CLS]", "[MASK]", "[EOS]", "[BOS]", "[SEP]", "[UNK]"),
+    # Not made for conversations: the turns one after the other.
+    chat_template="{% for message in messages %}{{ message['content'] | trim }}{{ '[EOS]' }}{% endfor %}",
+    layers="model.layers",
+    final_norm="model.norm",
+    head="lm_head",
+    embedding="model.embed_tokens",
+    linear_roles={role: role for role in ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")},
+    fast_weight_targets=("up_proj", "down_proj"),
+)
+
+for _spec in (LLADA, LLADA_MOE, LLADA2_MOE, FAST_DLLM_V2, ROTARY_ENCODER):
     register_spec(_spec)
 
 __all__ = [
@@ -171,6 +195,7 @@ __all__ = [
     "LLADA",
     "LLADA2_MOE",
     "LLADA_MOE",
+    "ROTARY_ENCODER",
     "Backbone",
     "DiffusionLM",
     "DiffusionLMOutput",
@@ -187,6 +212,9 @@ __all__ = [
     "LLaDAModel",
     "LLaDAModelLM",
     "ModelSpec",
+    "RotaryEncoderConfig",
+    "RotaryEncoderLM",
+    "RotaryEncoderModel",
     "block_size_of",
     "find_spec",
     "get_spec",

@@ -82,6 +82,15 @@ TINY_SIZES: dict[str, dict[str, Any]] = {
         "intermediate_size": 128,
         "max_position_embeddings": 4096,
     },
+    "rotary_encoder": {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 4,
+        "intermediate_size": 128,
+        "attention_dropout": 0.0,
+        "residual_dropout": 0.0,
+        "max_position_embeddings": 4096,
+    },
 }
 
 

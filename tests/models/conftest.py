@@ -54,6 +54,15 @@ SIZES = {
         "intermediate_size": 20,
         "tie_word_embeddings": False,
     },
+    "rotary_encoder": {
+        "vocab_size": 23,
+        "hidden_size": 24,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 3,
+        "intermediate_size": 20,
+        "attention_dropout": 0.0,
+        "residual_dropout": 0.0,
+    },
 }
 
 

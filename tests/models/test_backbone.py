@@ -115,6 +115,7 @@ def test_dropout_follows_the_configuration(family, make_model, ids):
         "llada_moe": ["attention_dropout"],
         "llada2_moe": ["attention_dropout"],
         "fast_dllm_v2": ["attention_dropout"],
+        "rotary_encoder": ["attention_dropout", "residual_dropout"],
     }
     for rate in rates[family]:
         model = make_model(family, **{rate: 0.5})

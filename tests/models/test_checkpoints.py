@@ -65,7 +65,7 @@ def test_new_weights_are_drawn_with_the_configured_deviation(family, make_model)
     model = make_model(family)
     for name, weight in model.named_parameters():
         if "norm" in name or "ln_f" in name:
-            assert same(weight, torch.ones_like(weight)), name
+            assert same(weight, torch.full_like(weight, 0.0 if name.endswith("bias") else 1.0)), name
         elif weight.numel() >= 200:
             # The deviation of 200 and more draws of a normal is within 15 % of its own.
             assert weight.std().item() == pytest.approx(0.3, rel=0.15), name

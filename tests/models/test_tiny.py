@@ -23,7 +23,7 @@ STRINGS = [
 def folders(tmp_path_factory):
     return {
         family: make_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / family, family, text=TEXT, vocab_size=300)
-        for family in ("llada", "llada_moe", "llada2_moe", "fast_dllm_v2")
+        for family in ("llada", "llada_moe", "llada2_moe", "fast_dllm_v2", "rotary_encoder")
     }
 
 
@@ -39,7 +39,8 @@ def test_model_and_tokenizer_load(folder, family):
     assert spec is get_spec(family)
     assert len(tokenizer) == config.vocab_size <= 300
     assert tokenizer.mask_token == spec.mask_token and tokenizer.mask_token_id == config.mask_token_id
-    assert tokenizer.pad_token_id == config.pad_token_id == tokenizer.eos_token_id == config.eos_token_id
+    assert tokenizer.pad_token_id == config.pad_token_id and tokenizer.pad_token == spec.pad_token
+    assert tokenizer.eos_token_id == config.eos_token_id and tokenizer.eos_token == spec.eos_token
     assert tokenizer.bos_token_id == config.bos_token_id
     assert tokenizer.model_max_length == config.max_position_embeddings
     for token in spec.special_tokens:
