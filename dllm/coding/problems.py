@@ -1,0 +1,114 @@
+"""The problems of HumanEval (arXiv 2107.03374) and MBPP (arXiv 2108.07732): data files, prompts, tests."""
+
+import gzip
+import json
+import pathlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dllm.utils.parsing import InputError
+
+Task = Literal["humaneval", "mbpp"]
+PromptKind = Literal["chat", "raw"]
+MBPP_TEST_IDS = range(11, 511)  # the split that scores are published on; the others are for prompts and training
+
+_FIELDS = {
+    "humaneval": ("task_id", "prompt", "entry_point", "test"),
+    "mbpp": ("task_id", "text", "test_list", "test_setup_code"),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One programming problem.
+
+    task_id: name in the data file.
+    stub: the beginning of the code that is asked for: imports, signature, docstring; empty for MBPP.
+    text: what is asked for in words; empty for HumanEval.
+    entry_point: function that the stub begins; None for MBPP, whose tests say which function they call.
+    shown_tests: tests that the prompt shows, one per line; empty for HumanEval.
+    tests: source that is run behind the program.
+    """
+
+    task_id: str
+    stub: str
+    text: str
+    entry_point: str | None
+    shown_tests: str
+    tests: str
+
+    def raw_prompt(self) -> str:
+        """What a base model continues."""
+        return self.stub or f'"""\n{self.text}\n{self.shown_tests}\n"""\n'
+
+    def chat_prompt(self) -> str:
+        """What a chat model is asked."""
+        if self.stub:
+            return (
+                "Complete the Python function below. Answer with one code block that holds the whole function.\n\n"
+                f"```python\n{self.stub.strip()}\n```"
+            )
+        return (
+            f"{self.text}\nThe code must pass these tests:\n\n```python\n{self.shown_tests}\n```\n\n"
+            "Answer with one block of Python code, without the tests."
+        )
+
+
+def read_jsonl(path: str | pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a JSON lines file, plain or with .gz.
+
+    Raises:
+        InputError: it cannot be read, or a line is no JSON object (named).
+    """
+    path = pathlib.Path(path)
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        lines = data.decode("utf-8").splitlines()
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as JSON lines: {error}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: {error}; give the benchmark's own file") from None
+        if row is not None and not isinstance(row, dict):
+            raise InputError(f"{path}, line {number} is no JSON object: give the benchmark's own file")
+        rows += [] if row is None else [row]
+    return rows
+
+
+def _humaneval(row: Mapping[str, Any]) -> Problem:
+    entry_point = str(row["entry_point"])
+    tests = f"{row['test']}\ncheck({entry_point})\n"
+    return Problem(str(row["task_id"]), str(row["prompt"]), "", entry_point, "", tests)
+
+
+def _mbpp(row: Mapping[str, Any]) -> Problem:
+    shown = "\n".join(str(test).strip() for test in row["test_list"])
+    tests = f"{row['test_setup_code']}\n{shown}\n".replace("\r\n", "\n")
+    return Problem(f"MBPP/{row['task_id']}", "", str(row["text"]).strip(), None, shown, tests)
+
+
+def load_problems(task: Task, path: str | pathlib.Path, all_rows: bool = False) -> list[Problem]:
+    """The problems of a benchmark's own data file, in its order.
+
+    Args:
+        task: whose file it is.
+        path: HumanEval.jsonl, mbpp.jsonl, plain or with .gz.
+        all_rows: of mbpp, also the rows outside MBPP_TEST_IDS.
+
+    Raises:
+        InputError: the file cannot be read, holds nothing, or is another's (the missing field is named).
+    """
+    rows = read_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        missing = [field for field in _FIELDS[task] if field not in row]
+        if missing:
+            raise InputError(f"{path}, row {number} has no field {missing[0]!r}: this is no file of {task}")
+    if task == "mbpp" and not all_rows:
+        rows = [row for row in rows if row["task_id"] in MBPP_TEST_IDS]
+    if not rows:
+        raise InputError(f"{path} holds no problem of {task}: give the benchmark's own file")
+    return [(_humaneval if task == "humaneval" else _mbpp)(row) for row in rows]
