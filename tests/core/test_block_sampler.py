@@ -22,10 +22,8 @@ class _Tokenizer:
         return self.get_vocab()[token]
 
 
-def _sampler(model, shift: int = 0) -> BlockSampler:
-    sampler = BlockSampler(model, _Tokenizer())  # pyright: ignore
-    sampler.spec = dataclasses.replace(sampler.spec, logit_shift=shift)
-    return sampler
+def _sampler(model) -> BlockSampler:
+    return BlockSampler(model, _Tokenizer())  # pyright: ignore
 
 
 def _prompts() -> list[list[int]]:
@@ -34,7 +32,7 @@ def _prompts() -> list[list[int]]:
 
 
 @torch.no_grad()
-def _naive(model, prompt: list[int], new: int, size: int, config: BlockSamplerConfig, shift: int = 0):
+def _naive(model, prompt: list[int], new: int, size: int, config: BlockSamplerConfig):
     """(answer, steps) of one prompt: everything seen is computed anew in every step, one token after the other."""
     total = -((len(prompt) + new) // -size) * size
     ids = torch.tensor(prompt + [MASK] * (total - len(prompt)))
@@ -46,10 +44,11 @@ def _naive(model, prompt: list[int], new: int, size: int, config: BlockSamplerCo
         while True:
             seen = ids[: start + size]
             logits = model(input_ids=seen[None], attention_mask=block_causal_mask(len(seen), size)).logits[0]
-            logits = torch.cat([logits[:1]] * shift + [logits[: len(logits) - shift]])
             logits[:, MASK] = -torch.inf
             best = torch.softmax(logits, dim=-1).max(dim=-1)
             masked = sorted((i for i in block if ids[i] == MASK), key=lambda i: -float(best.values[i]))
+            had_masks, part = bool(masked), config.sub_block_size or size
+            masked = [i for i in masked if i // part == min(masked) // part]
             share = config.steps_per_block or size
             count = masks_at_first // share + (step < masks_at_first % share)
             chosen = masked[: max(config.min_transfer, count)]
@@ -63,7 +62,7 @@ def _naive(model, prompt: list[int], new: int, size: int, config: BlockSamplerCo
                 ids[i] = best.indices[i]
             num_steps += 1
             step += 1
-            post_steps += not masked
+            post_steps += not had_masks
             if any(ids[i] == MASK for i in block):
                 continue
             if config.editing_threshold is None or not chosen or post_steps >= config.max_post_steps:
@@ -77,24 +76,27 @@ SETTINGS = {
     "transfer": {"min_transfer": 2},
     "threshold": {"threshold": 0.2},
     "threshold_and_steps": {"threshold": 0.3, "steps_per_block": 2},
+    "sub_blocks": {"sub_block_size": 2},
+    "sub_blocks_and_threshold": {"sub_block_size": 2, "threshold": 0.2, "steps_per_block": 2},
+    "sub_blocks_and_editing": {"sub_block_size": 1, "threshold": 0.15, "editing_threshold": 0.2},
     "editing": {"threshold": 0.15, "editing_threshold": 0.2},
     "editing_all": {"steps_per_block": 2, "editing_threshold": 0.0, "max_post_steps": 3},
     "no_post_steps": {"threshold": 0.1, "editing_threshold": 0.1, "max_post_steps": 0},
 }
 
 
-@pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", SETTINGS)
-def test_sample_equals_a_naive_loop(make_model, family: str, name: str, shift: int) -> None:
+def test_sample_equals_a_naive_loop(make_model, family: str, name: str) -> None:
     model = make_model(family).double()
     config = BlockSamplerConfig(max_new_tokens=11, block_size=4, **SETTINGS[name])
-    output = _sampler(model, shift).sample(_prompts(), config)
-    assert output.answers is not None and output.nfe is not None
+    output = _sampler(model).sample(_prompts(), config)
+    assert output.answers is not None and output.nfe is not None and output.cache_forwards is not None
     for row, prompt in enumerate(_prompts()):
-        answer, steps = _naive(model, prompt, 11, 4, config, shift)
+        answer, steps = _naive(model, prompt, 11, 4, config)
         assert output.answers[row].tolist() == answer
-        assert output.nfe[row] == steps + (len(prompt) >= 4)  # and one forward for a prompt of whole blocks
+        assert output.nfe[row] == steps
+        assert output.cache_forwards[row] == (len(prompt) >= 4)  # the whole blocks of the prompt
         assert output.sequences[row].tolist() == (prompt + answer + [PAD] * 11)[: 11 + 11]
 
 
@@ -115,13 +117,17 @@ def test_cache_and_batch_change_nothing(make_model, family: str, name: str) -> N
     batch = sampler.sample(_prompts(), config)
     without = sampler.sample(_prompts(), dataclasses.replace(config, use_cache=False))
     assert batch.answers is not None and batch.nfe is not None and batch.num_committed is not None
-    assert without.nfe is not None
+    assert batch.cache_forwards is not None and without.cache_forwards is not None and without.nfe is not None
     assert torch.equal(batch.sequences, without.sequences)
+    assert torch.equal(batch.nfe, without.nfe) and not without.cache_forwards.any()
     for row, prompt in enumerate(_prompts()):
         single = sampler.sample([prompt], config)
         assert single.answers is not None and single.nfe is not None and single.num_committed is not None
         assert batch.answers[row].tolist() == single.answers[0].tolist()
-        assert batch.nfe[row] == single.nfe[0] == without.nfe[row] + (len(prompt) >= 4)
+        assert batch.nfe[row] == single.nfe[0]
+        assert single.cache_forwards is not None and single.batch_forwards is not None
+        assert batch.cache_forwards[row] == single.cache_forwards[0] == (len(prompt) >= 4)
+        assert single.batch_forwards == single.nfe[0]
         assert batch.num_committed[row] == single.num_committed[0]
 
 
@@ -129,6 +135,8 @@ def test_rows_go_at_their_own_pace(make_model) -> None:
     sampler = _sampler(make_model("llada2_moe"))
     output = sampler.sample(_prompts(), BlockSamplerConfig(max_new_tokens=24, block_size=4, threshold=0.3))
     assert output.nfe is not None and len(set(output.nfe.tolist())) > 2
+    assert output.batch_forwards is not None and output.batch_forwards == output.nfe.max()
+    assert output.batch_nfe == output.nfe.max() + 1
 
 
 @pytest.mark.parametrize("threshold", [None, 0.2])
@@ -145,7 +153,8 @@ def test_a_finished_block_is_computed_once_more_at_most(make_model, threshold: f
     prompt = _prompts()[2]  # 11 tokens: two whole blocks, three tokens of the third
     config = BlockSamplerConfig(max_new_tokens=9, block_size=4, threshold=threshold)
     output = _sampler(model).sample([prompt], config)
-    assert output.nfe is not None and output.nfe.tolist() == [len(widths)]
+    assert output.nfe is not None and output.nfe.tolist() == [len(widths) - 1]
+    assert output.cache_forwards is not None and output.cache_forwards.tolist() == [1]
     assert widths[0] == 8  # the prompt
     assert widths.count(8) == 1 + 2  # and each of the two answer blocks before the last, with its successor
     assert set(widths) == {4, 8}
@@ -170,11 +179,16 @@ def test_infilling(make_model, family: str, settings: dict) -> None:
     assert torch.equal(batch.sequences, without.sequences)
     assert not (batch.sequences == MASK).any()
     assert torch.equal(batch.sequences[noised != MASK], noised[noised != MASK])
+    assert batch.nfe is not None and without.nfe is not None and torch.equal(batch.nfe, without.nfe)
+    assert batch.cache_forwards is not None and without.cache_forwards is not None
+    # Row 1 has a block without masks between its two; row 2 a finished half.
+    assert batch.cache_forwards.tolist() == [0, 1, 1, 0] and not without.cache_forwards.any()
     for row in range(4):
         length = int(real[row].sum())
         single = sampler.infill(noised[row : row + 1, :length], config)
         assert torch.equal(batch.sequences[row, :length], single.sequences[0])
-        assert batch.nfe is not None and single.nfe is not None and batch.nfe[row] == single.nfe[0]
+        assert single.nfe is not None and batch.nfe[row] == single.nfe[0]
+        assert single.cache_forwards is not None and batch.cache_forwards[row] == single.cache_forwards[0]
 
 
 @torch.no_grad()
@@ -214,7 +228,9 @@ def test_a_long_prompt_is_prefilled_in_parts(make_model, monkeypatch) -> None:
     config = BlockSamplerConfig(max_new_tokens=8, block_size=4)
     whole = sampler.sample([prompt, prompt[:9]], config).sequences
     monkeypatch.setattr("dllm.core.samplers.block.PREFILL_COLUMNS", 10)
-    assert torch.equal(sampler.sample([prompt, prompt[:9]], config).sequences, whole)
+    parts = sampler.sample([prompt, prompt[:9], prompt[:3]], config)
+    assert torch.equal(parts.sequences[:2], whole)
+    assert parts.cache_forwards is not None and parts.cache_forwards.tolist() == [4, 1, 0]  # 8 columns each
 
 
 def test_early_stop_ends_a_row_with_its_block(make_model) -> None:
@@ -272,14 +288,17 @@ def test_block_size_follows_the_family(make_model) -> None:
 
 
 @pytest.mark.parametrize("name", BLOCK_PRESETS)
-def test_presets_are_settings(name: str) -> None:
-    assert BlockSamplerConfig(**BLOCK_PRESETS[name]).editing_threshold is not None
+def test_presets_are_settings(make_model, name: str) -> None:
+    config = BlockSamplerConfig(**BLOCK_PRESETS[name])
+    assert config.threshold is not None and (config.editing_threshold is None) == (name == "fast_dllm_v2")
+    assert _sampler(make_model("llada2_moe")).block_size(config) == 32
 
 
 @pytest.mark.parametrize(
     "settings",
     [
         {"steps": 4},
+        {"sub_block_size": 0},
         {"steps_per_block": 0},
         {"min_transfer": 0},
         {"threshold": 0.0},
@@ -303,6 +322,10 @@ def test_bad_input(make_model) -> None:
         sampler.sample([[]])
     with pytest.raises(ValueError, match="in whole blocks of 4, need 20 positions and the model has 16"):
         sampler.sample([[1] * 9], BlockSamplerConfig(max_new_tokens=8, block_size=4))
+    with pytest.raises(ValueError, match="sub_block_size=3 does not divide block_size=4: choose a divisor"):
+        sampler.sample([[1]], BlockSamplerConfig(max_new_tokens=4, block_size=4, sub_block_size=3))
+    with pytest.raises(ValueError, match="sub_block_size=64 does not divide block_size=32"):
+        sampler.sample([[1]], BlockSamplerConfig(max_new_tokens=4, sub_block_size=64))
     with pytest.raises(ValueError, match="padding at the end"):
         sampler.infill(torch.tensor([[1, MASK, 2]]), None, torch.tensor([[0, 1, 1]]))
     with pytest.raises(ValueError, match="early_stop has no effect"):

@@ -2,7 +2,8 @@
 
 from dllm.core.reveal import add_gumbel_noise, get_num_transfer_tokens
 from dllm.core.samplers.base import BaseSampler, BaseSamplerConfig, BaseSamplerOutput, Visit
-from dllm.core.samplers.block import BLOCK_PRESETS, BlockSampler, BlockSamplerConfig
+from dllm.core.samplers.block import BlockSampler
+from dllm.core.samplers.block_config import BLOCK_PRESETS, BlockSamplerConfig
 from dllm.core.samplers.mdlm import MDLM_PRESETS, MDLMSampler, MDLMSamplerConfig
 
 __all__ = [

@@ -59,8 +59,14 @@ class BaseSamplerOutput:
     sequences: torch.Tensor
     # [B, G] int64, `sample` alone: the answers; with early_stop, padding after the end-of-text token.
     answers: torch.Tensor | None = None
-    # [B] int64: forwards of the model that a row needed; one with classifier-free guidance counts twice.
+    # [B] int64: denoising forwards of a row, those in which it had something to fill in (or to edit); one with
+    # classifier-free guidance counts twice. Forwards that only other rows of the batch needed do not count.
     nfe: torch.Tensor | None = None
+    # [B] int64: what a row needed besides. Forwards that fill a cache and nothing else; with shifted logits those over
+    # a finished block, which give the first token of the next one.
+    cache_forwards: torch.Tensor | None = None
+    # int64, no dimensions: denoising forwards of the batch, those that at least one row needed.
+    batch_forwards: torch.Tensor | None = None
     # [B] int64: tokens that were committed, those behind an end-of-text not counted.
     num_committed: torch.Tensor | None = None
     # State after every step, each laid out as `sequences`; only if asked for.
@@ -70,7 +76,18 @@ class BaseSamplerOutput:
     def tokens_per_forward(self) -> torch.Tensor:
         """num_committed / nfe, float32 [B]; 0 for a row that needed no forward."""
         assert self.num_committed is not None and self.nfe is not None
-        return self.num_committed / self.nfe.clamp(min=1)
+        return torch.where(self.nfe > 0, self.num_committed / self.nfe.clamp(min=1), 0.0)
+
+    @property
+    def batch_nfe(self) -> torch.Tensor:
+        """batch_forwards + 1, the count published for Sudoku (Relay, arXiv 2605.22967), int64 without dimensions.
+
+        One number for all rows, finished or not, so it depends on which rows share the batch. The published decoder
+        always takes one more forward at the end, which this one does not need; it is counted to keep numbers
+        comparable.
+        """
+        assert self.batch_forwards is not None
+        return self.batch_forwards + 1
 
 
 @dataclass(frozen=True)

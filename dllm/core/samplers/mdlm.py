@@ -13,7 +13,15 @@ from typing import Any, get_args
 
 import torch
 
-from dllm.core.reveal import Remasking, choose_above, choose_positions, get_num_transfer_tokens, mix_keys, propose
+from dllm.core.reveal import (
+    Remasking,
+    choose_above,
+    choose_positions,
+    choose_within,
+    get_num_transfer_tokens,
+    mix_keys,
+    propose,
+)
 from dllm.core.samplers.base import BaseSampler, BaseSamplerConfig, BaseSamplerOutput, Observer, Prompt, Visit
 from dllm.core.samplers.cache import CacheKind, WindowCache
 from dllm.utils.parsing import InputError
@@ -29,6 +37,7 @@ class MDLMSamplerConfig(BaseSamplerConfig):
 
     remasking: Remasking = "low_confidence"  # which proposals are committed first (see dllm.core.reveal.confidence)
     threshold: float | None = None  # in (0, 1]: a step also commits whatever is surer than this; None: only its share
+    max_uncertainty: float | None = None  # above 0: a step also commits the surest while their 1 - p add up to less
     cfg_scale: float = 0.0  # classifier-free guidance, at least 0: logits u + (1 + scale) (c - u); 0 turns it off
     cache: CacheKind = "none"  # approximate reuse of keys and values (see dllm.core.samplers.cache)
 
@@ -39,13 +48,29 @@ class MDLMSamplerConfig(BaseSamplerConfig):
                 raise InputError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
         if not 0 <= self.cfg_scale < math.inf:
             raise InputError(f"cfg_scale must be at least 0 and finite, got {self.cfg_scale}")
-        if self.threshold is None:
-            return
+        if self.threshold is not None:
+            self._check_threshold()
+        if self.max_uncertainty is not None:
+            self._check_max_uncertainty()
+
+    def _check_threshold(self) -> None:
+        assert self.threshold is not None
         if not 0 < self.threshold <= 1:
             raise InputError(f"threshold must be in (0, 1], got {self.threshold}")
         if self.remasking not in ("low_confidence", "margin"):
             raise InputError(
                 f"threshold compares probabilities, remasking={self.remasking} has none: use low_confidence or margin"
+            )
+
+    def _check_max_uncertainty(self) -> None:
+        assert self.max_uncertainty is not None
+        if not 0 < self.max_uncertainty < math.inf:
+            raise InputError(f"max_uncertainty must be above 0 and finite, got {self.max_uncertainty}")
+        if self.threshold is not None:
+            raise InputError("max_uncertainty and threshold are two rules for the same choice: give one of them")
+        if self.remasking != "low_confidence":
+            raise InputError(
+                f"max_uncertainty adds up 1 - p(token), remasking={self.remasking} has none: use low_confidence"
             )
 
 
@@ -82,8 +107,9 @@ class MDLMSampler(BaseSampler):
 
     Every block gets an equal share of `steps`. A step proposes a token for each masked position of the block and
     commits the ceil or floor of (masks / steps of the block) surest ones of each row (`get_num_transfer_tokens`), with
-    `threshold` also all others that are surer than that. Where rows can be done early (threshold, early_stop), the host
-    looks once per step how many candidates are left; otherwise it waits for nothing.
+    `threshold` also all others that are surer than that, with `max_uncertainty` also as many of the surest as
+    `dllm.core.reveal.choose_within` says. Where rows can be done early (these two, early_stop), the host looks once per
+    step how many candidates are left; otherwise it waits for nothing.
     """
 
     config_class = MDLMSamplerConfig
@@ -177,17 +203,36 @@ class MDLMSampler(BaseSampler):
         given = ~canvas.is_masked
         self.begin(*canvas.ids.shape)
         nfe = torch.zeros(len(canvas.ids), dtype=torch.int64, device=canvas.ids.device)
+        batch_forwards = torch.zeros_like(nfe[0])
         histories: list[torch.Tensor] | None = [] if settings.histories else None
         for block in range(len(canvas.blocks)):
             for needed in self._fill_block(canvas, block, steps[:, block], given, settings):
                 nfe += needed
+                batch_forwards += needed.max()
                 if on_step is not None or histories is not None:
                     state = _laid_out(canvas.ids, canvas.to_output)
                     if histories is not None:
                         histories.append(state)
                     if on_step is not None:
                         on_step(state)
-        return self._output(canvas, settings, nfe, canvas.num_masked.sum(dim=1).to(nfe.device), histories)
+        num_committed = canvas.num_masked.sum(dim=1).to(nfe.device)
+        answers = None
+        if canvas.first_new is not None:
+            answers = canvas.ids[:, canvas.first_new :]
+            if settings.early_stop:
+                behind = self.behind_the_end(answers)
+                answers.masked_fill_(behind, self.pad_token_id)  # a view of canvas.ids
+                num_committed = (~behind).sum(dim=1)
+            answers = answers.clone()
+        return BaseSamplerOutput(
+            sequences=_laid_out(canvas.ids, canvas.to_output),
+            answers=answers,
+            nfe=nfe,
+            cache_forwards=torch.zeros_like(nfe),  # the forward that fills a cache commits tokens as well
+            batch_forwards=batch_forwards,
+            num_committed=num_committed,
+            histories=histories,
+        )
 
     def _fill_block(
         self, canvas: _Canvas, block: int, steps: torch.Tensor, given: torch.Tensor, settings: MDLMSamplerConfig
@@ -199,7 +244,7 @@ class MDLMSampler(BaseSampler):
         schedule = schedule.to(canvas.ids.device)
         passes = self._passes(canvas, start, end, settings)
         banned = self.banned(settings)
-        may_end_early = settings.threshold is not None or settings.early_stop
+        may_end_early = settings.early_stop or settings.threshold is not None or settings.max_uncertainty is not None
         for step, scheduled in enumerate(left):
             masked = canvas.is_masked[:, start:end]
             n = int(masked.sum(dim=1).max()) if may_end_early else scheduled
@@ -216,6 +261,8 @@ class MDLMSampler(BaseSampler):
             chosen = choose_positions(scores, candidates, schedule[:, step])
             if settings.threshold is not None:
                 chosen = chosen | choose_above(scores, candidates, settings.threshold)
+            if settings.max_uncertainty is not None:
+                chosen = chosen | choose_within(scores, candidates, settings.max_uncertainty)
             canvas.ids.scatter_(1, columns, torch.where(chosen, tokens, canvas.ids.gather(1, columns)))
             canvas.is_masked.scatter_(1, columns, candidates & ~chosen)
             if settings.early_stop:
@@ -286,24 +333,6 @@ class MDLMSampler(BaseSampler):
         masked = canvas.is_masked[:, canvas.first_new :]
         ends = self.is_end(canvas.ids[:, canvas.first_new :]) & (masked.cumsum(dim=1) == 0)
         masked &= ~ends.any(dim=1, keepdim=True)
-
-    def _output(
-        self,
-        canvas: _Canvas,
-        settings: MDLMSamplerConfig,
-        nfe: torch.Tensor,
-        num_committed: torch.Tensor,
-        histories: list[torch.Tensor] | None,
-    ) -> BaseSamplerOutput:
-        answers = None
-        if canvas.first_new is not None:
-            answers = canvas.ids[:, canvas.first_new :]
-            if settings.early_stop:
-                behind = self.behind_the_end(answers)
-                answers.masked_fill_(behind, self.pad_token_id)  # a view of canvas.ids
-                num_committed = (~behind).sum(dim=1)
-            answers = answers.clone()
-        return BaseSamplerOutput(_laid_out(canvas.ids, canvas.to_output), answers, nfe, num_committed, histories)
 
 
 @dataclass

@@ -1,0 +1,61 @@
+"""Settings of BlockSampler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dllm.core.samplers.base import BaseSamplerConfig
+from dllm.utils.parsing import InputError
+
+
+@dataclass
+class BlockSamplerConfig(BaseSamplerConfig):
+    """Settings of `BlockSampler`; `block_size` None is the model's own (or 32), `steps` must stay None.
+
+    Raises:
+        InputError: a value out of its range, or a pair that cannot take effect together.
+    """
+
+    # Only the earliest sub-block of this many positions that has masks may be filled in; a divisor of the block size.
+    sub_block_size: int | None = None  # None: the whole block
+    steps_per_block: int | None = None  # a block's masks are spread over this many steps; None: one mask per step
+    min_transfer: int = 1  # masks that a step fills in at least, at least 1
+    threshold: float | None = None  # in (0, 1]: a step also fills in whatever is surer than this
+    top_k: int | None = None  # draw among this many likeliest tokens, at least 1; needs a temperature
+    top_p: float | None = None  # draw among the likeliest tokens that hold this share, in (0, 1); needs a temperature
+    editing_threshold: float | None = None  # in [0, 1]: tokens give way to others surer than this; None: never
+    max_post_steps: int = 16  # steps after the last mask of a block, at least 0; needs editing_threshold
+    use_cache: bool = True  # keep keys and values of finished blocks; False computes all of them in every step
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps is not None:
+            raise InputError("steps has no effect on block decoding: give steps_per_block")
+        rules = (
+            ("sub_block_size", self.sub_block_size is None or self.sub_block_size >= 1, "at least 1"),
+            ("steps_per_block", self.steps_per_block is None or self.steps_per_block >= 1, "at least 1"),
+            ("min_transfer", self.min_transfer >= 1, "at least 1"),
+            ("threshold", self.threshold is None or 0 < self.threshold <= 1, "in (0, 1]"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
+            ("top_p", self.top_p is None or 0 < self.top_p < 1, "in (0, 1)"),
+            ("editing_threshold", self.editing_threshold is None or 0 <= self.editing_threshold <= 1, "in [0, 1]"),
+            ("max_post_steps", self.max_post_steps >= 0, "at least 0"),
+        )
+        for name, holds, wanted in rules:
+            if not holds:
+                raise InputError(f"{name} must be {wanted}, got {getattr(self, name)}")
+        if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
+            raise InputError("top_k and top_p have no effect at temperature 0: drop them or raise the temperature")
+        if self.editing_threshold is None and self.max_post_steps != type(self).max_post_steps:
+            raise InputError("max_post_steps has no effect without editing_threshold: drop it")
+
+
+# Published settings by name; every other field has its default.
+BLOCK_PRESETS: dict[str, dict[str, Any]] = {
+    # The two modes that the model card of LLaDA2.1 recommends.
+    "quality": {"block_size": 32, "threshold": 0.7, "editing_threshold": 0.5, "max_post_steps": 16},
+    "speed": {"block_size": 32, "threshold": 0.5, "editing_threshold": 0.0, "max_post_steps": 16},
+    # Stock decoding of Fast-dLLM v2.
+    "fast_dllm_v2": {"block_size": 32, "sub_block_size": 8, "threshold": 0.9},
+}
