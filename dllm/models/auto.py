@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from dllm.models.spec import ModelSpec, load_config
 from dllm.utils.args import ModelArguments, resolve_with_base_env
 from dllm.utils.distributed import local_rank
 from dllm.utils.parsing import InputError
+
+Prepare = Callable[[PreTrainedModel], object]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LORA_FIELDS = {
@@ -50,6 +53,7 @@ def load_model(
     seed: int = 0,
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
+    prepare: Prepare | None = None,
 ) -> PreTrainedModel | PeftModel:
     """The model, in eval mode; with LoRA or an adapter, a PeftModel around it. (Trainer sets it to train mode itself.)
 
@@ -69,6 +73,7 @@ def load_model(
             `accelerate launch` was told to use the CPU; others on the CPU.
         trust_remote_code: run the tokenizer's own code, where the mask token is looked up in it. Code of models
             never runs.
+        prepare: called with the base before LoRA or an adapter is put on it; None: nothing is done.
 
     Raises:
         InputError: see the top of this file.
@@ -95,6 +100,8 @@ def load_model(
         finish_4bit(model)
     if dropout is not None:
         set_dropout(model, dropout)
+    if prepare is not None:
+        prepare(model)
     if lora is not None:
         return add_lora(model, lora, seed).eval()
     return model if adapter is None else load_adapter(model, adapter, is_trainable)
@@ -168,6 +175,7 @@ def get_model(
     *,
     seed: int = 0,
     device: str | torch.device | None = None,
+    prepare: Prepare | None = None,
     **overrides: Any,
 ) -> PreTrainedModel | PeftModel:
     """`load_model` with the settings of a ModelArguments, or with `model_name_or_path=...` and others of its fields.
@@ -176,7 +184,7 @@ def get_model(
 
     Args:
         model_args: the settings; None: all from `overrides`.
-        seed, device: as in load_model.
+        seed, device, prepare: as in load_model.
         overrides: fields of ModelArguments that take other values.
 
     Raises:
@@ -206,6 +214,7 @@ def get_model(
         seed=seed,
         device=device,
         trust_remote_code=args.trust_remote_code,
+        prepare=prepare,
     )
 
 

@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from dllm.models.backbone import unwrap
 from dllm.models.checkpoint import find_file, some_of
+from dllm.models.relay_norm import RELAY_FILE, RELAY_NORM, load_relay_keys
 from dllm.models.spec import spec_of
 from dllm.utils.parsing import InputError
 
@@ -81,6 +83,8 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> PeftM
         # The head of dense LLaDA has the leaf name of a linear in every block.
         exclude_modules=[head] if head.rpartition(".")[2] in targets else None,
         bias=settings.bias,  # pyright: ignore[reportArgumentType] (checked in LoraSettings)
+        # Small, new and at the bottom of everything: it is trained and saved whole.
+        modules_to_save=[RELAY_NORM] if has_relay_norm(model) else None,
     )
     with _seeded(seed):
         return _with_adapter(_prepared(model, is_trainable=True), config)
@@ -105,6 +109,7 @@ def load_adapter(model: PreTrainedModel, adapter_name_or_path: str, is_trainable
     weights = find_file(adapter_name_or_path, ADAPTER_WEIGHTS)
     if weights is None:
         raise InputError(f"{adapter_name_or_path} has no {ADAPTER_WEIGHTS}: fetch or copy it again")
+    _add_relay_norm(model, adapter_name_or_path, config)
     config.inference_mode = not is_trainable
     config.base_model_name_or_path = model.name_or_path  # where the base is now; PEFT warns of a difference
     misfit = f"the adapter {adapter_name_or_path} does not fit {model.name_or_path or type(model).__name__}"
@@ -122,12 +127,32 @@ def load_adapter(model: PreTrainedModel, adapter_name_or_path: str, is_trainable
         result = set_peft_model_state_dict(wrapped, tensors)
     except RuntimeError as error:
         raise InputError(f"{misfit} ({_last_line(error)}); {fix}") from error
-    missing = sorted(name for name in result.missing_keys if "lora_" in name)
+    missing = sorted(name for name in result.missing_keys if "lora_" in name or "modules_to_save" in name)
     if missing or result.unexpected_keys:
         wrong = [f"lacks {some_of(missing)}"] if missing else []
         wrong += [f"has {some_of(sorted(result.unexpected_keys))} too much"] if result.unexpected_keys else []
         raise InputError(f"{misfit}: it {' and '.join(wrong)}; {fix}")
     return wrapped if is_trainable else wrapped.eval()
+
+
+def has_relay_norm(model: PreTrainedModel) -> bool:
+    """Whether the backbone of `model` has the norm of a relay."""
+    return unwrap(model).backbone.relay_layer_norm is not None
+
+
+def _add_relay_norm(model: PreTrainedModel, adapter: str, config: PeftConfig) -> None:
+    """Gives the base the relay norm that the adapter brings, if it brings one.
+
+    Raises:
+        InputError: the adapter has one and no file that says how it is used.
+    """
+    brought = config.to_dict().get("modules_to_save") or []
+    if RELAY_NORM not in brought or has_relay_norm(model):
+        return
+    path = find_file(adapter, RELAY_FILE)
+    if path is None:
+        raise InputError(f"the adapter {adapter} brings {RELAY_NORM} and no {RELAY_FILE}: fetch or copy it again")
+    unwrap(model).backbone.add_relay_norm(load_relay_keys(path))
 
 
 def read_adapter_config(adapter_name_or_path: str) -> PeftConfig:

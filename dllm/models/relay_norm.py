@@ -2,11 +2,14 @@
 
 A checkpoint that was trained with it has `relay_layer_norm.{weight,bias}` under the backbone and `use_relay: true` in
 its configuration, so that it is built, loaded and saved like every other part. What is done with it is in
-memdlm.relay; without that nothing is carried and the parameters stand idle.
+memdlm.relay; without that nothing is carried and the parameters stand idle. A PEFT adapter has the norm among its
+`modules_to_save`, and the keys in a file beside it.
 """
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -14,7 +17,10 @@ from typing import Any, Literal, get_args
 from torch import nn
 from transformers import PreTrainedConfig
 
+from dllm.utils.parsing import InputError
+
 RELAY_NORM = "relay_layer_norm"  # name of the module under the backbone
+RELAY_FILE = "relay_config.json"  # beside an adapter: the keys that a full checkpoint has in config.json
 PREFIX = "relay_"  # of the keys in config.json
 # Names that earlier checkpoints of the published code used.
 FORMER_KEYS = {"use_loopholing": "use_relay", "loophole_layer": "relay_layer"}
@@ -66,6 +72,28 @@ def relay_keys(config: PreTrainedConfig | Mapping[str, Any]) -> RelayKeys | None
     if not raw.get("use_relay", False):
         return None
     return RelayKeys(**{name: raw[PREFIX + name] for name in asdict(RelayKeys()) if PREFIX + name in raw})
+
+
+def save_relay_keys(folder: str | os.PathLike[str], keys: RelayKeys) -> None:
+    """Writes the keys beside an adapter."""
+    with open(os.path.join(folder, RELAY_FILE), "w", encoding="utf-8") as file:
+        json.dump(keys.as_config(), file, indent=2)
+
+
+def load_relay_keys(path: str | os.PathLike[str]) -> RelayKeys:
+    """The keys in the file of `save_relay_keys`.
+
+    Raises:
+        InputError: it cannot be read, or is no such file.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            keys = relay_keys(json.load(file))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}): fetch or copy it again") from error
+    if keys is None:
+        raise InputError(f"{path} does not say use_relay: true: fetch or copy it again")
+    return keys
 
 
 def with_present_names(raw: Mapping[str, Any]) -> dict[str, Any]:
