@@ -67,8 +67,8 @@ def check_puzzle(clues: str, solution: str | None = None, prove: bool = True) ->
         prove: search for a second solution; False believes a stated solution that breaks no rule.
 
     Raises:
-        InputError: of another length, with other characters, with clues that exclude each other, without a solution,
-            with more than one, or with a stated one that is wrong.
+        InputError: of another length, with other characters, without a blank, with clues that exclude each other,
+            without a solution, with more than one, or with a stated one that is wrong.
     """
     if len(clues) not in [side**2 for side in SIDES]:
         raise InputError(f"a puzzle has 16 or 81 characters, this one has {len(clues)}")
@@ -77,6 +77,8 @@ def check_puzzle(clues: str, solution: str | None = None, prove: bool = True) ->
     strange = [char for char in clues if char != BLANK and char not in digits]
     if strange:
         raise InputError(f"{strange[0]!r} is neither a digit of {digits[0]} to {digits[-1]} nor a blank ('.' or '0')")
+    if BLANK not in clues:
+        raise InputError("the puzzle has no blank: there is nothing to fill in")
     pair = conflict(clues)
     if pair is not None:
         raise InputError(
