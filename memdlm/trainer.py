@@ -240,6 +240,11 @@ class MemBD3LMConfig(MemDLMConfig, BD3LMConfig):
                 f"mem_inner_target={self.mem_inner_target} cannot be kept under block diffusion, whose clean half "
                 "carries the answers: use response, or --training_objective mdlm (MemDLMTrainer)"
             )
+        if self.complementary_masks and self.mem_enabled:
+            raise InputError(
+                "complementary_masks and mem_enabled exclude each other: one memory would see what the other copy of "
+                "its row is asked for; drop one"
+            )
 
 
 class MemBD3LMTrainer(MemDLMTrainer, BD3LMTrainer):

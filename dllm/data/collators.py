@@ -12,7 +12,15 @@ from typing import Any, Literal
 import torch
 
 from dllm.core.editing import EditPlanner
-from dllm.core.noising import block_times, draw_noise, draw_times, flat_positions, make_generator, mask_tokens
+from dllm.core.noising import (
+    apply_mask,
+    block_times,
+    draw_noise,
+    draw_times,
+    flat_positions,
+    make_generator,
+    mask_tokens,
+)
 from dllm.core.schedulers import BaseAlphaScheduler
 from dllm.utils.parsing import InputError
 
@@ -97,6 +105,8 @@ class NoisingCollator:
         example_id       int64 [B]
         attention_mask   int64 [B, L]  only if `pad` makes one
         edit             dict          only with `editing`: what it returns
+        complement       dict          only with `complementary`: noised_ids, loss_positions and loss_t of the same rows
+                                       where exactly the maskable positions that are visible above are masked
 
     Args:
         pad: collator of {"input_ids", "labels"} rows; gets nothing but the keys of `model_keys`.
@@ -107,9 +117,11 @@ class NoisingCollator:
         block_size: positions of a block under block diffusion; None: full-sequence diffusion.
         time_per: "row": one time for the whole row; "block": one for each block (needs `block_size`).
         editing: what replaces these entries under the editing objective; None: no wrong tokens.
+        complementary: add `complement`; excludes `editing`.
 
     Raises:
-        InputError: a row lacks a key, is empty, or has labels that differ from its input_ids at a maskable position.
+        InputError: `editing` and `complementary` together; a row lacks a key, is empty, or has labels that differ from
+            its input_ids at a maskable position.
     """
 
     model_keys = ("input_ids", "labels", "attention_mask")
@@ -127,7 +139,10 @@ class NoisingCollator:
         block_size: int | None = None,
         time_per: TimePer = "row",
         editing: EditPlanner | None = None,
+        complementary: bool = False,
     ) -> None:
+        if complementary and editing is not None:
+            raise InputError("editing and complementary masks exclude each other: drop one")
         self.pad = pad
         self.scheduler = scheduler
         self.mask_token_id = mask_token_id
@@ -136,7 +151,7 @@ class NoisingCollator:
         self.stream = stream
         self.logit_shift = logit_shift
         self.block_size, self.time_per = block_size, time_per
-        self.editing = editing
+        self.editing, self.complementary = editing, complementary
         # In shared memory: worker processes that outlive an epoch must see the next one.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -200,7 +215,18 @@ class NoisingCollator:
             batch["attention_mask"] = padded["attention_mask"]
         if self.editing is not None:
             batch["edit"] = self.editing(batch, times, lambda purpose: self.row_generators(example_id, purpose))
+        if self.complementary:
+            batch["complement"] = self._complement(batch, times)
         return batch
+
+    def _complement(self, batch: Batch, times: torch.Tensor) -> Batch:
+        is_masked = batch["maskable"] & ~batch["is_masked"]
+        positions = flat_positions(is_masked)
+        return {
+            "noised_ids": apply_mask(batch["input_ids"], is_masked, self.mask_token_id),
+            "loss_positions": positions,
+            "loss_t": times.reshape(-1)[positions],
+        }
 
 
 def _example_id(row: Batch) -> int:

@@ -169,3 +169,39 @@ def test_special_tokens_never_stand_in() -> None:
     assert int(replacement_ids(_tokenizer(), 100).max()) == 99
     with pytest.raises(ValueError, match="two or more tokens that are not special"):
         replacement_ids(_tokenizer(), 6)
+
+
+def test_complements_mask_what_is_visible_and_nothing_else() -> None:
+    settings = {"block_size": 4, "time_per": "block"}
+    rows = [_row(8, 30), _row(3, 13), _row(5, 2)]  # the last has nothing to mask
+    plain = _collator(BlockPaddingCollator(PAD, 4), **settings)(rows)
+    batch = _collator(BlockPaddingCollator(PAD, 4), complementary=True, **settings)(rows)
+    for name, value in plain.items():
+        assert torch.equal(batch[name], value), name
+    other = batch["complement"]
+    is_masked = other["noised_ids"] == MASK
+    assert torch.equal(is_masked ^ batch["is_masked"], batch["maskable"]) and not (is_masked & batch["is_masked"]).any()
+    assert torch.equal(other["noised_ids"][~is_masked], batch["input_ids"][~is_masked])
+    assert torch.equal(other["loss_positions"], is_masked.reshape(-1).nonzero()[:, 0])
+    # The time of a position is that of its block, whichever copy masks it.
+    times = torch.full((3 * 32,), float("nan"))
+    times[batch["loss_positions"]] = batch["loss_t"]
+    times[other["loss_positions"]] = other["loss_t"]
+    assert all(len({t for t in block.tolist() if t == t}) <= 1 for block in times.view(-1, 4))
+
+
+def test_complements_depend_on_the_row_alone_and_on_the_epoch() -> None:
+    collator = _collator(complementary=True)
+    alone = collator([_row(8, 13)])["complement"]["noised_ids"][0]
+    assert torch.equal(collator([_row(3, 20), _row(8, 13)])["complement"]["noised_ids"][1, :13], alone)
+    collator.set_epoch(1)
+    assert not torch.equal(collator([_row(8, 13)])["complement"]["noised_ids"][0], alone)
+    still = _collator(complementary=True, stream="eval")
+    first = still([_row(8, 13)])["complement"]["noised_ids"]
+    still.set_epoch(1)
+    assert torch.equal(still([_row(8, 13)])["complement"]["noised_ids"], first)
+
+
+def test_complements_and_edits_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="exclude each other"):
+        _collator(complementary=True, editing=_planner())

@@ -5,7 +5,7 @@ import torch
 
 from dllm.core.attention import block_causal_mask, in_two_halves, two_halves_inputs, two_halves_mask
 
-FAMILIES = ["llada", "llada_moe", "llada2_moe"]
+FAMILIES = ["llada", "llada_moe", "llada2_moe", "fast_dllm_v2"]
 MASK = 39
 BLOCK = 4
 

@@ -12,7 +12,7 @@ from memdlm.memory.collator import MemoryCollator, inner_plan
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.parametric import ParametricMemory
 
-FAMILIES = ["llada", "llada2_moe"]
+FAMILIES = ["llada", "llada2_moe", "fast_dllm_v2"]
 MASK, BLOCK = 39, 4
 
 

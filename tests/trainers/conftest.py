@@ -53,6 +53,13 @@ def load_llada2(llada2_checkpoint):
 
 
 @pytest.fixture(scope="session")
+def fast_dllm_checkpoint(tmp_path_factory):
+    """Folder of a tiny Fast-dLLM v2 with three layers and blocks of eight."""
+    folder = tmp_path_factory.mktemp("tiny") / "fast_dllm_v2"
+    return make_tiny_checkpoint(folder, "fast_dllm_v2", hidden_size=32, num_hidden_layers=3, bd_size=8)
+
+
+@pytest.fixture(scope="session")
 def rows():
     """Twelve rows of equal length: eight prompt tokens, twelve answer tokens."""
     generator = torch.Generator().manual_seed(5)
