@@ -70,13 +70,17 @@ def test_every_setting_of_the_sampler_is_a_flag() -> None:
         "cache": "prefix",
         "suppress_tokens": (3, 4),
     }
-    assert set(words) == {knob.name for knob in dataclasses.fields(MDLMSamplerConfig)}
+    assert {*words, "max_uncertainty"} == {knob.name for knob in dataclasses.fields(MDLMSamplerConfig)}
     line = [
         word
         for name, value in words.items()
         for word in (f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)]))
     ]
-    assert vars(sampler_config(_flags(SamplerFlags, *line), MDLMSampler)) == words
+    assert vars(sampler_config(_flags(SamplerFlags, *line), MDLMSampler)) == {**words, "max_uncertainty": None}
+    # It excludes threshold.
+    assert sampler_config(_flags(SamplerFlags, "--max_uncertainty", "0.25"), MDLMSampler) == MDLMSamplerConfig(
+        max_uncertainty=0.25
+    )
     assert sampler_config(_flags(SamplerFlags), MDLMSampler) == MDLMSamplerConfig()
 
 
@@ -88,6 +92,7 @@ def test_every_setting_of_the_block_sampler_is_a_flag() -> None:
         "seed": 4,
         "early_stop": True,
         "histories": True,
+        "sub_block_size": 1,
         "steps_per_block": 2,
         "min_transfer": 2,
         "threshold": 0.7,

@@ -130,10 +130,11 @@ class _Tokenizer:
         return self.get_vocab()[token]
 
 
+@pytest.mark.parametrize("family", ["llada2_moe", "fast_dllm_v2"])
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_greedy_decoding_is_what_the_sampler_does(scorer, batch_size) -> None:
+def test_greedy_decoding_is_what_the_sampler_does(scorer, family, batch_size) -> None:
     """Where answers end with a block: a last block cut short is decoded without what would follow."""
-    model = scorer(batch_size=batch_size)
+    model = scorer(family, batch_size=batch_size)
     sampler = BlockSampler(model.lm, _Tokenizer())  # pyright: ignore
     items, expected = [Item((3,), ())], [(True, 0)]
     for context, length in (((4, 5, 6, 11, 2, 7), 10), ((1, 2, 3, 4), 4), ((9,), 3)):
@@ -172,6 +173,16 @@ def model(checkpoint):
 @pytest.fixture(scope="module")
 def tokenizer(checkpoint):
     return load_tokenizer(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def shifted(tmp_path_factory):
+    """(model, tokenizer) of a family whose logits are shifted."""
+    folder = tmp_path_factory.mktemp("shifted") / "m"
+    make_tiny_checkpoint(
+        folder, "fast_dllm_v2", num_hidden_layers=2, max_position_embeddings=100, initializer_range=0.2
+    )
+    return load_model(str(folder)).double(), load_tokenizer(str(folder))
 
 
 @pytest.fixture
@@ -214,7 +225,8 @@ def test_every_argument_reaches_the_sampler(make_harness, monkeypatch) -> None:
     monkeypatch.setattr(BlockSampler, "sample", lambda self, p, c: (seen.append(c), original(self, p, c))[1])
     given = {
         "steps": 3, "block_size": 4, "temperature": 0.5, "top_k": 5, "top_p": 0.9, "threshold": 0.75,
-        "min_transfer": 2, "editing_threshold": 0.25, "max_post_steps": 2, "use_cache": False, "seed": 3,
+        "sub_block_size": 2, "min_transfer": 2, "editing_threshold": 0.25, "max_post_steps": 2, "use_cache": False,
+        "seed": 3,
     }  # fmt: skip
     assert set(given) == set(BlockEvalConfig.sampler_fields)
     make_harness(**given).generate_until(generations(["a"], max_gen_toks=6))
@@ -224,6 +236,8 @@ def test_every_argument_reaches_the_sampler(make_harness, monkeypatch) -> None:
     for name, preset in BLOCK_PRESETS.items():
         make_harness(preset=name, threshold=0.9, max_length=96).generate_until(generations(["a"], max_gen_toks=6))
         assert seen[-1] == BlockSamplerConfig(**{**preset, "threshold": 0.9, "max_new_tokens": 6, "early_stop": True})
+    with pytest.raises(InputError, match="sub_block_size=3 does not divide block_size=32"):
+        make_harness(sub_block_size=3)
     # The task may bring the temperature that a share to draw from needs.
     make_harness(top_k=3).generate_until(generations(["a"], max_gen_toks=6, do_sample=True, temperature=0.5))
     assert (seen[-1].top_k, seen[-1].temperature) == (3, 0.5)
@@ -251,6 +265,9 @@ def test_the_cost_is_an_upper_bound_that_plain_decoding_reaches(make_harness, ca
         {"steps": 3},
         {"min_transfer": 3},
         {"steps": 5, "min_transfer": 3},
+        {"sub_block_size": 2},
+        {"sub_block_size": 2, "steps": 2},
+        {"sub_block_size": 2, "min_transfer": 3},
         {"threshold": 0.2, "editing_threshold": 0.1, "max_post_steps": 2},
     ):
         harness = make_harness(block_size=4, early_stop=False, **arguments)
@@ -261,7 +278,27 @@ def test_the_cost_is_an_upper_bound_that_plain_decoding_reaches(make_harness, ca
         else:
             assert (len(seen), sum(seen)) == (forwards, work), arguments
         assert f"at most {forwards:,} forwards of one row" in capsys.readouterr().err
-        assert harness.get_model_info()["mean_nfe"] == len(seen)
+        info = harness.get_model_info()
+        assert info["mean_cache_forwards"] == (length >= 4 and harness.config.use_cache)
+        assert info["mean_nfe"] + info["mean_cache_forwards"] == len(seen)
+
+
+@pytest.mark.parametrize("num_words", [9, 12, 4])
+def test_the_cost_with_shifted_logits(shifted, num_words: int) -> None:
+    model, tokenizer = shifted
+    text = "one two three four five six seven eight nine ten eleven twelve"
+    prompt = tokenizer.encode(text)[:num_words]
+    text = tokenizer.decode(prompt)
+    assert tokenizer.encode(text) == prompt
+    for arguments in ({}, {"use_cache": False}, {"steps": 2}, {"sub_block_size": 2, "min_transfer": 2}):
+        harness = BlockEvalHarness(model=model, tokenizer=tokenizer, block_size=4, early_stop=False, **arguments)
+        seen = _widths(harness, generations([text], max_gen_toks=10))
+        cost = harness.decoding_cost(harness.sampler_config({"max_new_tokens": 10}), num_words)
+        assert (len(seen), sum(seen)) == cost, arguments
+        info = harness.get_model_info()
+        assert info["mean_nfe"] + info["mean_cache_forwards"] == len(seen)
+    with pytest.raises(InputError, match="drop editing_threshold"):
+        BlockEvalHarness(model=model, tokenizer=tokenizer, preset="quality")
 
 
 def test_likelihoods_are_scored_with_the_block_size_that_decodes(make_harness, model, tokenizer) -> None:

@@ -107,6 +107,8 @@ def test_settings_reach_the_sampler(make_harness, monkeypatch):
     assert seen == [MDLMSamplerConfig(max_new_tokens=8, early_stop=True, **fields)] * 2
     make_harness(preset="fast_dllm", block_size=8).generate_until(generations(["a"], max_gen_toks=16))
     assert (seen[-1].threshold, seen[-1].cache, seen[-1].block_size, seen[-1].max_new_tokens) == (0.9, "dual", 8, 16)
+    make_harness(max_uncertainty=0.2).generate_until(generations(["a"], max_gen_toks=8))
+    assert seen[-1].max_uncertainty == 0.2
     make_harness(max_new_tokens=5, temperature=0.25).generate_until(
         generations(["a"], max_gen_toks=16, do_sample=False)
     )
@@ -357,6 +359,7 @@ def test_every_argument_takes_what_lm_evals_parser_makes_of_it(config_class):
         "mc_num": 9, "mc_batch_size": 2, "check_greedy": False, "truncation": "left", "dtype": "bfloat16",
         "attn_implementation": "eager", "steps": 4, "block_size": 8, "temperature": 0.5, "remasking": "margin",
         "threshold": 0.75, "cfg": 1.5, "cache": "dual", "early_stop": False, "preset": "llada",
+        "max_uncertainty": 0.25,
         "mem_num_inner_steps": 3, "mem_num_inner_epochs": 2, "mem_masking_strategy": "progressive_memory",
         "mem_prompt_mask_ratio": 0.25, "mem_progressive_consistent_start_scale": 2.0,
         "mem_inner_loss_type": "distill", "mem_inner_loss_mask_mode": "newly_revealed", "mem_inner_lr": 0.5,

@@ -22,7 +22,8 @@ class Answer:
     """What a request got.
 
     value: text (generate_until), [log-likelihood, is greedy] (loglikelihood) or log-likelihood (loglikelihood_rolling).
-    nfe: forwards of the model that it needed.
+    nfe: denoising forwards that it needed; of a likelihood, masked states (twice as many with guidance).
+    cache_forwards: what it needed besides (see `dllm.core.samplers.BaseSamplerOutput`); of a likelihood 0.
     num_tokens: tokens that were made, or scored.
     without_memory: why it was answered without the memory that was asked for; None: no such thing.
     """
@@ -31,6 +32,7 @@ class Answer:
     nfe: int
     num_tokens: int
     without_memory: str | None = None
+    cache_forwards: int = 0
 
 
 class AnswerStore:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from dllm.core.eval.config import BaseEvalConfig, argument, check_least
 from dllm.core.eval.harness import BaseEvalHarness
 from dllm.core.samplers import BaseSamplerConfig, BlockSampler, BlockSamplerConfig
+from dllm.core.samplers.block import prefill_columns
 from dllm.utils.parsing import InputError
 
 
@@ -22,6 +24,7 @@ class BlockEvalConfig(BaseEvalConfig):
         "temperature": "temperature",
         "top_k": "top_k",
         "top_p": "top_p",
+        "sub_block_size": "sub_block_size",
         "threshold": "threshold",
         "min_transfer": "min_transfer",
         "editing_threshold": "editing_threshold",
@@ -34,7 +37,10 @@ class BlockEvalConfig(BaseEvalConfig):
         None, "Steps over which the masks of a block are spread, at least 1. None: one mask per step."
     )
     block_size: int | None = argument(
-        None, "Positions of a block, at least 1; also of likelihoods. None: the family's own."
+        None, "Positions of a block, at least 1; also of likelihoods. None: the model's own."
+    )
+    sub_block_size: int | None = argument(
+        None, "Only the earliest sub-block with masks may be filled in; a divisor of the block size. None: no parts."
     )
     top_k: int | None = argument(None, "Draw among this many likeliest tokens; needs a temperature.")
     top_p: float | None = argument(None, "Draw among the likeliest tokens of this share, in (0, 1); likewise.")
@@ -64,8 +70,8 @@ class BlockEvalHarness(BaseEvalHarness):
     were trained by block diffusion.
 
     Raises:
-        InputError: such a family without a block size; a `max_length` beyond the model's; and those of
-            `BaseEvalHarness`.
+        InputError: such a family without a block size; settings that do not fit the model; a `max_length` beyond the
+            model's; and those of `BaseEvalHarness`.
     """
 
     config_class = BlockEvalConfig
@@ -80,6 +86,7 @@ class BlockEvalHarness(BaseEvalHarness):
                 f"{spec.name} attends {spec.attention}: only training by block diffusion makes it decode block by "
                 "block; if it was so trained, name its block_size, else use the adapter llada (MDLMEvalHarness)"
             )
+        self.sampler.check_fit(self._settings())
         if self.max_length > most:
             raise InputError(f"max_length={self.max_length} exceeds the model's {most} positions: lower it")
 
@@ -104,24 +111,40 @@ class BlockEvalHarness(BaseEvalHarness):
     def decoding_cost(self, config: BaseSamplerConfig, prompt_length: int) -> tuple[int, int]:
         """(forwards, token-forwards) of decoding a row, both at most.
 
-        A block of m masks takes min(steps, ceil(m / min_transfer)) steps, with editing max_post_steps more. With the
-        cache the blocks of the prompt are computed once, every step computes its own block, and the first one of a
-        block that before it again; without, a step computes all that it sees.
+        With editing a block takes max_post_steps more than `_most_steps`. With the cache the blocks of the prompt are
+        computed once, every step computes its own block, and each finished block once more: together with the first
+        step of the next one, or with shifted logits by a forward of its own, which fills in the first mask of the next
+        one. Without, a forward computes all that it sees.
         """
         assert isinstance(config, BlockSamplerConfig)
-        size = self.sampler.block_size(config)
+        size, shift = self.sampler.block_size(config), self.sampler.spec.logit_shift
         end, first = prompt_length + config.max_new_tokens, prompt_length // size * size
         post_steps = 0 if config.editing_threshold is None else config.max_post_steps
-        forwards = int(config.use_cache and first > 0)
-        work = first if config.use_cache else 0
+        before = 0
+        if config.use_cache:
+            before = first - size * (shift and first == prompt_length)  # the last one as a finished block
+        forwards, work = -(-before // prefill_columns(size)), before
         for start in range(first, end, size):
-            num_masked = min(size, start + size - prompt_length)
-            steps = min(config.steps_per_block or size, -(-num_masked // config.min_transfer)) + post_steps
-            forwards += steps
-            work += steps * size + (size if start > first else 0) if config.use_cache else steps * (start + size)
+            places = range(max(start, prompt_length), start + size)
+            leads = bool(shift and start >= prompt_length)
+            steps = _most_steps(places[leads:], start, config, size) + post_steps
+            restated = size if leads or (start > first and not shift) else 0
+            forwards += steps + leads
+            work += steps * size + restated if config.use_cache else steps * (start + size) + leads * start
         return forwards, work
 
     @property
     def scoring_block_size(self) -> int | None:
         """Positions of a block."""
         return self.sampler.block_size(self._settings())
+
+
+def _most_steps(masks: range, start: int, config: BlockSamplerConfig, size: int) -> int:
+    """Steps that the `masks` of a block that begins at `start` take at most: min(steps, ceil(m / min_transfer)) of m
+    masks; with sub-blocks one after the other ceil(m / max(min_transfer, share of a step))."""
+    wanted = config.steps_per_block or size
+    if config.sub_block_size is None:
+        return min(wanted, -(-len(masks) // config.min_transfer))
+    share = max(config.min_transfer, len(masks) // wanted)
+    parts = Counter((place - start) // config.sub_block_size for place in masks)
+    return sum(-(-count // share) for count in parts.values())

@@ -135,6 +135,7 @@ class MDLMEvalConfig(BaseEvalConfig):
         "temperature": "temperature",
         "remasking": "remasking",
         "threshold": "threshold",
+        "max_uncertainty": "max_uncertainty",
         "cfg": "cfg_scale",
         "cache": "cache",
         "seed": "seed",
@@ -146,6 +147,9 @@ class MDLMEvalConfig(BaseEvalConfig):
     )
     remasking: Remasking | None = argument(None, "Which proposals are committed first.")
     threshold: float | None = argument(None, "Commit every token surer than this as well, in (0, 1].")
+    max_uncertainty: float | None = argument(
+        None, "Commit also the surest tokens while their 1 - p add up to less than this, above 0; not with threshold."
+    )
     cfg: float | None = argument(None, "Scale of classifier-free guidance, at least 0; acts on likelihoods too.")
     cache: Literal["none", "prefix", "dual"] | None = argument(None, "Approximate reuse of keys and values.")
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, get_type_hints
 
+import torch
 from lm_eval.api.instance import Instance
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -281,6 +282,7 @@ class BaseEvalHarness(ProcessLM):
         self.cache_hook.add_partial(kind, job.args, value)
         self._totals.num_requests += len(job.requests)
         self._totals.nfe += answer.nfe
+        self._totals.cache_forwards += answer.cache_forwards
         self._totals.num_tokens += answer.num_tokens
         self._totals.num_answers += 1
         if answer.without_memory is not None:
@@ -333,13 +335,15 @@ class BaseEvalHarness(ProcessLM):
             with self.context(prompts) as failures:
                 started = time.perf_counter()
                 output = self.sampler.sample(prompts, batch[0].config)
-                assert output.answers is not None and output.nfe is not None and output.num_committed is not None
+                assert output.answers is not None and output.nfe is not None
+                assert output.num_committed is not None and output.cache_forwards is not None
                 answers = output.answers.tolist()
                 self._totals.seconds += time.perf_counter() - started
-            counts = zip(output.nfe.tolist(), output.num_committed.tolist(), strict=True)
-            for job, answer, (nfe, committed), failure in zip(batch, answers, counts, failures, strict=True):
+            counts = torch.stack([output.nfe, output.num_committed, output.cache_forwards], dim=1).tolist()
+            for job, answer, own, failure in zip(batch, answers, counts, failures, strict=True):
+                nfe, committed, cache_forwards = own
                 text = answer_text(self.tokenizer, answer, ends, job.until)
-                yield job, Answer(text, nfe, committed, failure)
+                yield job, Answer(text, nfe, committed, failure, cache_forwards)
 
     def _score(self, jobs: Sequence[LikelihoodJob]) -> Iterator[tuple[LikelihoodJob, Answer]]:
         return self._scoring().run(jobs, self.config.check_greedy)
@@ -387,6 +391,7 @@ class BaseEvalHarness(ProcessLM):
             "num_resumed": total["num_resumed"],
             "num_truncated": total["num_truncated"],
             "mean_nfe": total["nfe"] / answers,
+            "mean_cache_forwards": total["cache_forwards"] / answers,
             "tokens_per_forward": total["num_tokens"] / max(total["nfe"], 1),
             "tokens_per_second": total["fresh_tokens"] / seconds if seconds else 0.0,
             "decode_seconds": seconds,

@@ -252,7 +252,7 @@ def greedy_matches(scorer: Scorer, items: Sequence[Item]) -> list[tuple[bool, in
 
     Greedy decoding begins with the whole target masked, with a block size with the part of it in the present block,
     commits one token per step, the surest of all, and never the mask token; a row ends at its first token that differs
-    from the target.
+    from the target. With shifted logits and blocks the first token of a block is committed before all others of it.
 
     Args:
         scorer: the model.
@@ -287,6 +287,8 @@ def _decode_greedily(scorer: Scorer, items: Sequence[Item]) -> list[tuple[bool, 
         scores = torch.zeros(masked.shape, dtype=sure.dtype, device=device)
         proposed = rows.ids.clone()
         scores.view(-1)[positions] = sure
+        if scorer.block_size is not None and spec_of(scorer.lm).logit_shift:
+            scores[:, :: scorer.block_size] = torch.inf  # those that are masked, so of the present block
         proposed.view(-1)[positions] = tokens
         chosen = choose_positions(scores, masked, torch.ones(len(alive), dtype=torch.int64, device=device))
         right = ~(chosen & (proposed != rows.ids)).any(dim=1)  # [R]

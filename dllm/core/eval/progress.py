@@ -82,7 +82,7 @@ class Totals:
     num_requests: answered, those of an earlier run included.
     num_resumed: of an earlier run.
     num_answers: different ones among them.
-    nfe, num_tokens: forwards and answer tokens over the different ones.
+    nfe, cache_forwards, num_tokens: over the different ones (see `dllm.core.eval.answers.Answer`).
     fresh_tokens, seconds: answer tokens made or scored by this run, and the time that took (without adaptation).
     num_truncated: prompts whose beginning was dropped.
     without_memory: one entry per request that was answered without the memory asked for.
@@ -92,6 +92,7 @@ class Totals:
     num_resumed: int = 0
     num_answers: int = 0
     nfe: int = 0
+    cache_forwards: int = 0
     num_tokens: int = 0
     fresh_tokens: int = 0
     seconds: float = 0.0

@@ -53,17 +53,8 @@ class BlockSampler(BaseSampler):
     presets = BLOCK_PRESETS
 
     def block_size(self, config: BlockSamplerConfig) -> int:
-        """The block size that `config` means (`dllm.models.spec.block_size_of`).
-
-        Raises:
-            InputError: sub-blocks that do not divide it.
-        """
-        size = block_size_of(self.lm, config.block_size)
-        if config.sub_block_size is not None and size % config.sub_block_size:
-            raise InputError(
-                f"sub_block_size={config.sub_block_size} does not divide block_size={size}: choose a divisor"
-            )
-        return size
+        """The block size that `config` means (`dllm.models.spec.block_size_of`)."""
+        return block_size_of(self.lm, config.block_size)
 
     @torch.no_grad()
     def sample(
@@ -144,12 +135,23 @@ class BlockSampler(BaseSampler):
     def _settings(self, config: BaseSamplerConfig | None) -> tuple[BlockSamplerConfig, int]:
         settings = self.checked_config(config)
         assert isinstance(settings, BlockSamplerConfig)
-        if self.spec.logit_shift and settings.editing_threshold is not None:
+        self.check_fit(settings)
+        return settings, self.block_size(settings)
+
+    def check_fit(self, config: BlockSamplerConfig) -> None:
+        """Nothing, if the model can be decoded with these settings.
+
+        Raises:
+            InputError: sub-blocks that do not divide the block; editing where logits are shifted.
+        """
+        size, part = self.block_size(config), config.sub_block_size
+        if part is not None and size % part:
+            raise InputError(f"sub_block_size={part} does not divide block_size={size}: choose a divisor")
+        if self.spec.logit_shift and config.editing_threshold is not None:
             raise InputError(
                 f"{self.spec.name} predicts a token where the one before it stands, so the first token of a block "
                 "cannot be edited: drop editing_threshold"
             )
-        return settings, self.block_size(settings)
 
     def _decode(
         self, rows: Rows, settings: BlockSamplerConfig, on_step: Observer | None, shown: Callable[[], torch.Tensor]
@@ -183,7 +185,7 @@ class BlockSampler(BaseSampler):
     def _prefill(self, rows: Rows, cache: RowCache) -> None:
         """Keys and values of the blocks before each row's first forward, some blocks at a time: masks stay small."""
         before = torch.where(rows.active, rows.start - rows.size * self._leads(rows), 0)  # [B]
-        chunk = max(1, PREFILL_COLUMNS // rows.size) * rows.size
+        chunk = prefill_columns(rows.size)
         nothing = torch.zeros(0, dtype=torch.int64, device=rows.ids.device)
         nobody = torch.zeros_like(rows.active)
         end = int(before.max())
@@ -355,6 +357,11 @@ class _Plan:
     width: int  # W
     end: int  # columns that are read
     together: bool  # whether the windows of all active rows are the same
+
+
+def prefill_columns(block_size: int) -> int:
+    """Columns of one forward that fills the cache with a prompt: whole blocks, at least one."""
+    return max(1, PREFILL_COLUMNS // block_size) * block_size
 
 
 def _output(
