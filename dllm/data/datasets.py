@@ -164,6 +164,20 @@ def _load_raw(part: DatasetPart, streaming: bool = False) -> dict[str, Any]:
     return _load_hub(part, streaming)
 
 
+def load_raw_dataset(name: str, options: Mapping[str, str] | None = None, streaming: bool = False) -> dict[str, Any]:
+    """{split: rows} of one data set as it is in its source, the names of splits and columns included.
+
+    Args:
+        name: a file or folder, builtin:docstrings, or a Hub name, as in the grammar at the top of this module.
+        options: what stands after the ? there.
+        streaming: read while iterating where the source can.
+
+    Raises:
+        InputError: it cannot be read, or an option is unknown.
+    """
+    return _load_raw(DatasetPart(name, options or {}, {}), streaming)
+
+
 def _standard_splits(loaded: dict[str, Any]) -> dict[str, Any]:
     """Only train and test; a validation split serves as test where there is no other."""
     test = next((name for name in TEST_WORDS if name in loaded), None)
