@@ -23,12 +23,13 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from rich.console import Console
 
-from dllm.core.eval.answers import checkpoint_stamp, request_key
+from dllm.core.eval.answers import request_key
 from dllm.core.eval.config import BaseEvalConfig, parse_model_args
 from dllm.core.eval.launch import TASKS_DIR
 from dllm.data.longcontext.settings import LongContextSettings, parse_lengths
 from dllm.models.auto import find_family
 from dllm.models.checkpoint import one_line
+from dllm.models.stamp import checkpoint_stamp
 from dllm.utils.parsing import InputError, one_line_errors, parse_args
 from memdlm.eval.harness import MemoryBlockHarness, MemoryHarness, MemoryMDLMHarness
 from memdlm.eval.sweep_report import Cell, draw, markdown

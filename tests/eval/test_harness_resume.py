@@ -12,8 +12,9 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from dllm.core.eval import Interrupted
-from dllm.core.eval.answers import Answer, AnswerStore, checkpoint_stamp, request_key
+from dllm.core.eval.answers import Answer, AnswerStore, request_key
 from dllm.core.samplers import MDLMSampler
+from dllm.models.stamp import checkpoint_stamp
 from dllm.models.tiny import make_tiny_checkpoint
 from dllm.utils.parsing import InputError
 from memdlm.eval.harness import MemoryMDLMHarness

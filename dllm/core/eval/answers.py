@@ -10,11 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dllm.core.eval.progress import say
-from dllm.models.checkpoint import find_file
 from dllm.utils.parsing import InputError
-
-# What a checkpoint or an adapter consists of.
-_FILES = ("*.safetensors", "*config.json", "tokenizer*.json")
 
 
 @dataclass(frozen=True)
@@ -99,16 +95,3 @@ class AnswerStore:
 def request_key(fingerprint: str, *parts: Any) -> str:
     """Hex digest over everything that decides an answer; `parts` must be JSON."""
     return hashlib.sha256(json.dumps([fingerprint, *parts], sort_keys=True).encode()).hexdigest()
-
-
-def checkpoint_stamp(name_or_path: str) -> Any:
-    """JSON that changes when a checkpoint or adapter does: name, size and time of the files in its folder, or the
-    commit of a Hub name."""
-    folder = pathlib.Path(name_or_path)
-    if folder.is_dir():
-        files = sorted({path for pattern in _FILES for path in folder.glob(pattern)})
-        sizes = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        return [str(folder.resolve()), sizes]
-    config = find_file(name_or_path, "config.json") or find_file(name_or_path, "adapter_config.json")
-    # In the Hub's cache the folder around a file is named after the commit.
-    return [name_or_path, None if config is None else config.parent.name]

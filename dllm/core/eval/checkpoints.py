@@ -8,9 +8,9 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dllm.core.eval.answers import checkpoint_stamp
 from dllm.core.eval.config import BaseEvalConfig
 from dllm.models.auto import load_model, load_tokenizer
+from dllm.models.stamp import checkpoint_stamp
 from dllm.utils.args import resolve_with_base_env
 from dllm.utils.parsing import InputError
 
