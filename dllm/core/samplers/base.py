@@ -98,6 +98,8 @@ class Visit:
     A carried state belongs to (pass_index, row, column). It is read and replaced at `columns` in the rows that are
     `active`, and in no others: then a batch of B decodes like B singles. At the columns that are `settled` nothing
     carried is added to the input: their keys and values outlive the step, and must be those of the tokens alone.
+    Columns behind a row's own block of a block-causal model may be visited too, depending on the other rows and the
+    cache: what is carried there must be forgotten when `start` changes.
     """
 
     columns: torch.Tensor  # int64 [B, W], where each input token stands, 0 to L - 1
