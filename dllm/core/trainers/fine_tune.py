@@ -1,0 +1,100 @@
+"""A fine-tuning run from settings to checkpoint: what the training scripts of examples/ share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from dllm.core.trainers.mdlm import MDLMConfig, MDLMTrainer
+from dllm.data.datasets import load_sft_dataset
+from dllm.data.sft import post_process_dataset, tokenize_sft_dataset
+from dllm.models.auto import get_model, get_tokenizer
+from dllm.utils.args import DataArguments, ModelArguments, initial_training_setup
+from dllm.utils.distributed import main_process_first
+from dllm.utils.parsing import InputError
+
+Choice = TypeVar("Choice")
+
+
+def find_choice(arguments: Sequence[str], flag: str, choices: Mapping[str, Choice], default: str) -> Choice:
+    """The entry of `choices` that `--flag NAME` names among command-line arguments, `default` where it is not given.
+
+    For a flag that has to be read before the others, since it decides which others there are.
+
+    Raises:
+        InputError: no such entry; they are listed.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{flag}", nargs="?", default=default)
+    name = vars(parser.parse_known_args(arguments)[0])[flag]
+    if name not in choices:
+        raise InputError(f"--{flag} {name} is unknown; allowed: {', '.join(choices)}")
+    return choices[name]
+
+
+def load_rows(
+    model_args: ModelArguments, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase
+) -> datasets.DatasetDict:
+    """The token rows that the data arguments name, cut to max_length, by split.
+
+    Raises:
+        InputError: see `load_sft_dataset`, `tokenize_sft_dataset` and `post_process_dataset`.
+    """
+    rows = load_sft_dataset(
+        data_args.dataset_args,
+        data_args.load_preprocessed_data,
+        model_name_or_path=model_args.model_name_or_path,
+        tokenizer=tokenizer,
+        mask_prompt_loss=data_args.mask_prompt_loss,
+        num_proc=data_args.num_proc,
+    )
+    if not data_args.load_preprocessed_data:
+        rows = tokenize_sft_dataset(rows, tokenizer, data_args.mask_prompt_loss, data_args.num_proc)
+    return post_process_dataset(rows, data_args)
+
+
+def fine_tune(
+    trainer_class: type[MDLMTrainer],
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: MDLMConfig,
+    load_model: Callable[..., Any] = get_model,
+) -> MDLMTrainer:
+    """Trains and returns the trainer.
+
+    The run ends with the model in OUTPUT_DIR/checkpoint-final, its metrics beside it, and if the data have a test split
+    with OUTPUT_DIR/eval_results.json.
+
+    Args:
+        trainer_class: what trains.
+        model_args, data_args, training_args: all settings.
+        load_model: called as load_model(model_args, seed=..., device=...).
+
+    Raises:
+        InputError: a setting, file or data set that cannot be used.
+    """
+    initial_training_setup(model_args, data_args, training_args)
+    tokenizer = get_tokenizer(model_args)
+    with main_process_first(per_node=True):
+        rows = load_rows(model_args, data_args, tokenizer)
+    trainer = trainer_class(
+        model=load_model(model_args, seed=training_args.seed, device=training_args.device),
+        args=training_args,
+        processing_class=tokenizer,
+        train_dataset=rows["train"],
+        eval_dataset=rows.get("test"),
+    )
+    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+    trainer.save_model(os.path.join(str(training_args.output_dir), "checkpoint-final"))
+    if "test" in rows:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    return trainer

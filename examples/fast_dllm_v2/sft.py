@@ -1,0 +1,64 @@
+"""Fine-tune Fast-dLLM v2 on instructions: plain block diffusion, or Relay.
+
+    python -m dllm.models.tiny --family fast_dllm_v2 --output runs/tiny-fast
+    accelerate launch --config_file scripts/accelerate_configs/cpu.yaml examples/fast_dllm_v2/sft.py \
+        --model_name_or_path runs/tiny-fast --dataset_args "builtin:docstrings[train,test:50]" --max_length 512 \
+        --loss_weight_type uniform --complementary_masks True --output_dir runs/first --use_cpu True
+
+`--training_objective bd3lm` (the default) denoises each block given the clean blocks before it; with uniform weights
+and complementary masks as published. `relay` goes through the states of decoding and carries the hidden state along.
+`--help` lists the flags of the objective that is named beside it. The run ends with the model in
+OUTPUT_DIR/checkpoint-final and, if the data has a test split, with OUTPUT_DIR/eval_results.json.
+"""
+
+import functools
+import sys
+from dataclasses import dataclass, field
+
+from dllm import utils
+from dllm.core.trainers.fine_tune import find_choice, fine_tune
+from memdlm import MemBD3LMTrainer, relay
+
+OBJECTIVES = {
+    "bd3lm": (MemBD3LMTrainer, MemBD3LMTrainer.MemDLMConfig),
+    "relay": (relay.RelayBD3LMTrainer, relay.RelayBD3LMConfig),
+}
+
+
+@dataclass
+class ModelArguments(utils.ModelArguments):
+    model_name_or_path: str = field(
+        default="Efficient-Large-Model/Fast_dLLM_v2_1.5B",
+        metadata=utils.ModelArguments.__dataclass_fields__["model_name_or_path"].metadata,
+    )
+
+
+@dataclass
+class DataArguments(utils.DataArguments):
+    dataset_args: str = field(
+        default="tatsu-lab/alpaca",
+        metadata=utils.DataArguments.__dataclass_fields__["dataset_args"].metadata,
+    )
+
+
+@dataclass
+class ObjectiveArguments:
+    training_objective: str = field(default="bd3lm", metadata={"help": f"Objective, one of {', '.join(OBJECTIVES)}."})
+
+
+def main() -> None:
+    trainer_class, config = find_choice(
+        sys.argv[1:], "training_objective", OBJECTIVES, ObjectiveArguments.training_objective
+    )
+    model_args, data_args, training_args, _ = utils.parse_args(
+        ModelArguments, DataArguments, config, ObjectiveArguments
+    )
+    load_model = utils.get_model
+    if trainer_class is relay.RelayBD3LMTrainer:
+        load_model = functools.partial(relay.load_model, relay=training_args.relay())
+    fine_tune(trainer_class, model_args, data_args, training_args, load_model)
+
+
+if __name__ == "__main__":
+    with utils.one_line_errors():
+        main()
