@@ -46,7 +46,7 @@ class MemoryCollator(NoisingCollator):
         if "edit" in batch:
             is_corrupted.view(-1)[batch["edit"]["corrupted_positions"]] = True
             is_asked.view(-1)[batch["edit"]["loss_positions"]] = True
-        plan = PLANS[self.config.inner_target](
+        plan = make_plan(
             Rows(
                 input_ids=input_ids,
                 maskable=batch["maskable"],
@@ -63,9 +63,8 @@ class MemoryCollator(NoisingCollator):
                 logit_shift=self.logit_shift,
             ),
             self.config,
+            self.block_size,
         )
-        if self.block_size is not None and has_two_halves(input_ids.shape[1], self.block_size):
-            plan = plan.with_clean_half(input_ids, self.block_size)
         return {**batch, "memory_plan": plan.as_batch()}
 
     def _find_padding(self, rows: Sequence[Batch], padded: Batch) -> torch.Tensor:
@@ -82,6 +81,21 @@ class MemoryCollator(NoisingCollator):
                 )
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         return torch.arange(ids.shape[1]) >= lengths[:, None]
+
+
+def make_plan(rows: Rows, config: MemoryConfig, block_size: int | None) -> InnerPlan:
+    """The plan that `config.inner_target` asks for, on the CPU; under block diffusion with the clean half behind its
+    states.
+
+    Args:
+        rows: what it is made from.
+        config: see `MemoryCollator`.
+        block_size: positions of a block; None: no block diffusion.
+    """
+    plan = PLANS[config.inner_target](rows, config)
+    if block_size is not None and has_two_halves(rows.input_ids.shape[1], block_size):
+        plan = plan.with_clean_half(rows.input_ids, block_size)
+    return plan
 
 
 def inner_plan(batch: Batch) -> InnerPlan:

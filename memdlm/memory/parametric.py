@@ -108,6 +108,8 @@ class ParametricMemory:
         self.report: InnerReport | None = None  # of the last write
         # Around prefixes and inner loops; a DeviceTimer measures them.
         self.timer: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        # Around forwards on states of their own (prompts): whoever carries a state from forward to forward stops here.
+        self.alone: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
     def attached(self) -> contextlib.AbstractContextManager[FastWeights]:
         """A block in which a memory can be written and is in place; nothing of it stays behind.
@@ -265,7 +267,8 @@ class ParametricMemory:
         hidden: list[torch.Tensor | None] = [None] * len(plan.states)
         others = [index for index in range(len(plan.states)) if index != plan.anchor]
         layer_inputs = None
-        with self.timer, evaluating(self.lm), no_autocast_cache():
+        alone = self.alone() if plan.apart else contextlib.nullcontext()
+        with self.timer, evaluating(self.lm), no_autocast_cache(), alone:
             if others:
                 states = self._prefix([plan.states[index] for index in others], plan)
                 for index, state in zip(others, states, strict=True):

@@ -149,10 +149,21 @@ class RelayChannel:
         finally:
             self._state = None
 
+    @contextlib.contextmanager
+    def first_forwards(self) -> Iterator[None]:
+        """Within the block forwards of the model, of whatever shape, are first ones; also inside `passing`, whose state
+        they then neither get nor change."""
+        outer, self._state = self._state, None
+        taken = self.taken
+        try:
+            with contextlib.nullcontext() if self.backbone.carry is self else carrying(self.backbone, self):
+                yield
+        finally:
+            self._state, self.taken = outer, taken
+
     def add(self, input_ids: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
         """embedded + R(h), h shifted where logits are, at the positions that get it (see `dllm.core.carry.Carry`)."""
-        state = self._state
-        assert state is not None
+        state = self.first(*input_ids.shape) if self._state is None else self._state
         hidden = self._shifted(state).to(embedded.dtype)
         added = self._added_at(input_ids[:, : hidden.shape[1]], state)
         contribution = self.norm(hidden).to(embedded.dtype)

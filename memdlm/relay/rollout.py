@@ -60,8 +60,8 @@ class RevealRule:
             seed_parts: of the draw that `tau_jitter` adds.
         """
         banned = torch.tensor([self.mask_token_id], device=logits.device)
-        scores = logits.new_zeros(is_masked.numel(), dtype=torch.promote_types(logits.dtype, torch.float32))
-        scores = scores.index_put((positions,), propose(logits, banned=banned)[1]).view_as(is_masked)
+        sure = propose(logits, banned=banned)[1]
+        scores = sure.new_zeros(is_masked.numel()).index_put((positions,), sure).view_as(is_masked)
         return REVEALS[self.config.reveal](scores, is_masked, self, seed_parts)
 
     def tau(self, seed_parts: Sequence[int | str]) -> float:
@@ -126,25 +126,22 @@ class GradientShare:
     def __init__(self) -> None:
         self.relay: list[torch.Tensor] = []
         self.own: list[torch.Tensor] = []
-        self._through: dict[int, torch.Tensor] = {}
 
-    def watch(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`hidden` for the next forward, with an eye on what comes back through it."""
-        passed, index = hidden.view_as(hidden), len(self._through)
-        if not hidden.requires_grad:
+    def watch(self, taken: torch.Tensor, length: int) -> torch.Tensor:
+        """The first `length` columns of `taken` [B, L or 2L, D] for the next forward, with an eye on what comes back
+        through them."""
+        passed = taken[:, :length]
+        if not taken.requires_grad:
             return passed
-
-        def through(gradient: torch.Tensor) -> None:
-            self._through[index] = gradient.detach()
+        through: list[torch.Tensor] = []
 
         def total(gradient: torch.Tensor) -> None:
-            relay = self._through.get(index)
-            if relay is not None:
-                self.relay.append(relay.norm())
-                self.own.append((gradient.detach() - relay).norm())
+            if through:
+                self.relay.append(through[0].norm())
+                self.own.append((gradient.detach()[:, :length] - through[0]).norm())
 
-        passed.register_hook(through)
-        hidden.register_hook(total)
+        passed.register_hook(lambda gradient: through.append(gradient.detach()))
+        taken.register_hook(total)
         return passed
 
     def value(self) -> torch.Tensor:
@@ -207,7 +204,9 @@ def unroll(
                 output = network(step, noised_ids, is_masked, positions)
             assert channel.taken is not None
             hidden = channel.taken[:, :length]
-            passed = gradients.watch(hidden) if watch_gradient and (step + 1) % config.window else hidden
+            passed = hidden
+            if watch_gradient and (step + 1) % config.window:
+                passed = gradients.watch(channel.taken, length)
             state = RelayState(passed, torch.ones_like(state.is_set))
         assert output.logits is not None
         nll = token_nll(output.logits, input_ids.reshape(-1)[positions])
@@ -216,8 +215,10 @@ def unroll(
         if output.aux_loss is not None:
             auxiliary.append(output.aux_loss)
         ratios.append(counts.sum() / num_maskable)
-        with torch.no_grad():
-            chosen = rule(output.logits.detach(), positions, is_masked, (*seed_parts, step))
+        chosen = torch.zeros_like(is_masked)
+        if config.states == "rollout":
+            with torch.no_grad():
+                chosen = rule(output.logits.detach(), positions, is_masked, (*seed_parts, step))
         revealed.append(chosen.sum())
         is_masked = is_masked & ~chosen
     return Unrolled(

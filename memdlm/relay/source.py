@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import skip_first_batches
 
+from dllm.core.noising import derive_seed
 from dllm.data.collators import Batch
 from dllm.utils.parsing import InputError
 
@@ -24,10 +25,11 @@ class RowSource:
     Args:
         loader: a data loader that accelerate has prepared, with a `NoisingCollator`.
         drops: what is left of a batch is dropped, and every call draws one (the published behaviour).
+        seed: of the order of the rows, where the loader's sampler has no seed of its own.
     """
 
-    def __init__(self, loader: Any, drops: bool = False) -> None:
-        self.loader, self.drops = loader, drops
+    def __init__(self, loader: Any, drops: bool = False, seed: int = 0) -> None:
+        self.loader, self.drops, self.seed = loader, drops, seed
         self.epoch = 0
         self.num_batches = 0  # of this epoch, before the present one
         self.offset = 0  # rows of the present batch that were handed out
@@ -54,9 +56,11 @@ class RowSource:
 
     def _next_batch(self) -> Batch:
         for _ in range(2):
-            # A data loader seeds its workers from the global generator, which is not ours to advance.
+            # A data loader draws from the global generator (seeds of its workers, perhaps the order of the rows), which
+            # is not ours to advance and would stand elsewhere after a resumption.
             with torch.random.fork_rng(devices=[]):
                 if self._iterator is None:
+                    torch.manual_seed(derive_seed("row source", self.seed, self.epoch))
                     self._iterator = self._begin()
                 batch = next(self._iterator, None)
             if batch is not None:

@@ -147,7 +147,7 @@ class RelayTrainer(MDLMTrainer):
         loader = super().get_train_dataloader()
         if not self.rolls_out:
             return loader
-        self.source = RowSource(loader, self.relay_config.drop_rows)
+        self.source = RowSource(loader, self.relay_config.drop_rows, self.args.seed)
         steps: Any = [{"step": index} for index in range(len(loader))]
         return DataLoader(steps, batch_size=1)
 
@@ -188,6 +188,8 @@ class RelayTrainer(MDLMTrainer):
         if not model.training:
             with self._first_state(inputs):
                 return super().loss_and_outputs(model, inputs)
+        if "complement" in inputs:  # plain fine-tuning of Fast-dLLM v2: the same mean, over both copies of each row
+            return super().loss_and_outputs(model, inputs)
         made, output = self.unroll(model, inputs, self._state_of(inputs), watch=True)
         if self.rolls_out:
             self.buffer.store(made.is_masked, made.hidden, self.relay_config.num_steps)
@@ -322,6 +324,8 @@ class RelayBD3LMConfig(RelayTrainerConfig, BD3LMConfig):
         super().__post_init__()
         if self.relay().block_size is not None:
             raise InputError("relay_block_size has no effect under block diffusion: give --block_size")
+        if self.complementary_masks and self.relay().states == "rollout":
+            raise InputError("complementary_masks belongs to random masks, a rollout makes its own: drop it")
 
 
 class RelayBD3LMTrainer(RelayTrainer, BD3LMTrainer):
