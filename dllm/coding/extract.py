@@ -28,7 +28,7 @@ def build_program(problem: Problem, answer: str, kind: PromptKind) -> str:
     if kind == "raw" and problem.stub:
         return clean(problem.stub + answer, wanted)
     code = find_code(answer)
-    if problem.entry_point is None:
+    if problem.entry_point is None or not problem.stub:
         return clean(code, wanted)
     if re.search(rf"^(?:async )?def {re.escape(problem.entry_point)}\b", code, re.MULTILINE):
         return clean(f"{_before_entry(problem)}\n{code}", wanted)

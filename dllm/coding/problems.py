@@ -26,9 +26,9 @@ class Problem:
     task_id: name in the data file.
     stub: the beginning of the code that is asked for: imports, signature, docstring; empty for MBPP.
     text: what is asked for in words; empty for HumanEval.
-    entry_point: function that the stub begins; None for MBPP, whose tests say which function they call.
-    shown_tests: tests that the prompt shows, one per line; empty for HumanEval.
-    tests: source that is run behind the program.
+    entry_point: function that is tested, which the stub begins if there is one; None: the tests say what they call.
+    shown_tests: tests that the prompt shows apart from the text, one per line.
+    tests: source that is run behind the program; empty where evalplus has the tests.
     """
 
     task_id: str
@@ -40,7 +40,7 @@ class Problem:
 
     def raw_prompt(self) -> str:
         """What a base model continues."""
-        return self.stub or f'"""\n{self.text}\n{self.shown_tests}\n"""\n'
+        return self.stub or '"""\n' + "".join(f"{part}\n" for part in (self.text, self.shown_tests) if part) + '"""\n'
 
     def chat_prompt(self) -> str:
         """What a chat model is asked."""
@@ -49,10 +49,8 @@ class Problem:
                 "Complete the Python function below. Answer with one code block that holds the whole function.\n\n"
                 f"```python\n{self.stub.strip()}\n```"
             )
-        return (
-            f"{self.text}\nThe code must pass these tests:\n\n```python\n{self.shown_tests}\n```\n\n"
-            "Answer with one block of Python code, without the tests."
-        )
+        tests = f"\nThe code must pass these tests:\n\n```python\n{self.shown_tests}\n```" if self.shown_tests else ""
+        return f"{self.text}{tests}\n\nAnswer with one block of Python code, without the tests."
 
 
 def read_jsonl(path: str | pathlib.Path) -> list[dict[str, Any]]:
