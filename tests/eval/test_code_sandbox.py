@@ -11,6 +11,7 @@ from dllm.coding.sandbox import Limits, check_sandbox, run_program, run_programs
 from dllm.utils import InputError
 
 QUICK = Limits(seconds=1.0, memory_mb=512)
+PATIENT = Limits(seconds=30.0, memory_mb=512)  # for what ends by itself: machines may be busy
 SIGSYS = "killed by SIGSYS"
 NATIVE = "import ctypes\nlibrary = ctypes.CDLL(None, use_errno=True)\n"
 
@@ -52,9 +53,8 @@ def test_right_programs_pass_and_wrong_ones_say_why() -> None:
     ],
 )
 def test_endless_greedy_and_silent_programs_fail(program: str, reason: str) -> None:
-    outcome = run_program(program, "", QUICK)
+    outcome = run_program(program, "", QUICK if reason.startswith("timed out") else PATIENT)
     assert not outcome.passed and outcome.reason == reason
-    assert outcome.seconds < 30
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_endless_greedy_and_silent_programs_fail(program: str, reason: str) -> N
 )
 def test_what_is_forbidden_cannot_be_caught(call: str, reason: str) -> None:
     indented = call.replace("\n", "\n    ")
-    outcome = run_program(f"try:\n    {indented}\nexcept BaseException:\n    pass\n", "", QUICK)
+    outcome = run_program(f"try:\n    {indented}\nexcept BaseException:\n    pass\n", "", PATIENT)
     assert (outcome.passed, outcome.reason) == (False, f"forbidden: {reason}")
 
 
@@ -95,7 +95,7 @@ def test_what_is_forbidden_cannot_be_caught(call: str, reason: str) -> None:
 )
 def test_the_kernel_holds_where_the_guard_sees_nothing(call: str, landlock: bool) -> None:
     program = f"{NATIVE}import os\nPARENT = os.getppid()\nprint({call})\n"
-    outcome = run_program(program, "", QUICK, landlock=landlock)
+    outcome = run_program(program, "", PATIENT, landlock=landlock)
     assert not outcome.passed and outcome.reason.startswith(SIGSYS)
 
 
@@ -104,7 +104,7 @@ def test_a_fork_bomb_leaves_nothing_behind(tmp_path) -> None:
     program = f"{NATIVE}while True:\n    library.fork()\n    library.creat(b'{tmp_path}/mark', 0o600)\n"
     guarded = "import os\nwhile True:\n    if os.fork() == 0:\n        os.setsid()\n"
     for source in (program, guarded):
-        assert not run_program(source, "", QUICK).passed
+        assert not run_program(source, "", PATIENT).passed
     assert not list(tmp_path.iterdir())
 
 
@@ -121,10 +121,12 @@ def test_nothing_is_written_outside_the_folder(tmp_path, landlock: bool) -> None
         f"os.truncate({str(there)!r}, 0)",
         f"os.symlink({str(there)!r}, {str(tmp_path / 'link')!r})",
     ):
-        outcome = run_program(f"import os\ntry:\n    {call}\nexcept OSError:\n    pass\n", "", QUICK, landlock=landlock)
+        outcome = run_program(
+            f"import os\ntry:\n    {call}\nexcept OSError:\n    pass\n", "", PATIENT, landlock=landlock
+        )
         assert not outcome.passed and "outside its folder" in outcome.reason, call
     for call in (f"creat(b'{tmp_path}/new', 0o600)", f"unlink(b'{there}')", f"rename(b'{there}', b'here')"):
-        outcome = run_program(f"{NATIVE}assert library.{call} == 0, 'errno'", "", QUICK, landlock=landlock)
+        outcome = run_program(f"{NATIVE}assert library.{call} == 0, 'errno'", "", PATIENT, landlock=landlock)
         assert outcome.reason == "AssertionError: errno", call
     assert [path.name for path in tmp_path.iterdir()] == ["there"] and there.read_text() == "untouched"
 
