@@ -19,11 +19,15 @@ from dllm.models.layers import set_dropout
 FAMILY_SIZES = {
     "llada_moe": {"num_experts": 8, "num_experts_per_tok": 2, "expert_intermediate_size": 256},
     "llada": {"mlp_hidden_size": 768},
+    "fast_dllm_v2": {"mlp_hidden_size": 768},
     "llada2": {"num_experts": 8, "num_experts_per_tok": 2, "expert_intermediate_size": 256, "mlp_hidden_size": 768},
 }
 # What the flags are called in each family's configuration, where it is another name; "llada2" is short for llada2_moe.
 SPEC_NAMES = {"llada2": "llada2_moe"}
-OWN_NAMES = {"llada2": {"expert_intermediate_size": "moe_intermediate_size", "mlp_hidden_size": "intermediate_size"}}
+OWN_NAMES = {
+    "llada2": {"expert_intermediate_size": "moe_intermediate_size", "mlp_hidden_size": "intermediate_size"},
+    "fast_dllm_v2": {"mlp_hidden_size": "intermediate_size"},
+}
 
 
 def option(default: Any, help: str) -> Any:
@@ -35,7 +39,7 @@ def option(default: Any, help: str) -> Any:
 class ModelOptions:
     """The model and the measurement."""
 
-    family: Literal["llada_moe", "llada", "llada2"] = option("llada_moe", "Family of the model.")
+    family: Literal["llada_moe", "llada", "llada2", "fast_dllm_v2"] = option("llada_moe", "Family of the model.")
     hidden_size: int = option(256, "Width of the hidden states, a multiple of 2 * num_heads.")
     num_layers: int = option(16, "Number of layers, at least 1.")
     num_heads: int = option(8, "Attention heads, at least 1.")
@@ -43,7 +47,7 @@ class ModelOptions:
     num_experts_per_tok: int | None = option(None, "Experts of a token, at least 1. None: 2 (MoE families).")
     expert_intermediate_size: int | None = option(None, "Width of an expert, at least 1. None: 256 (MoE families).")
     mlp_hidden_size: int | None = option(
-        None, "Width of the dense feed-forward part, at least 1. None: 768 (llada, llada2)."
+        None, "Width of the dense feed-forward part, at least 1. None: 768 (llada, llada2, fast_dllm_v2)."
     )
     vocab_size: int = option(32000, "Tokens, special ones included, at least 16.")
     device: Literal["cpu", "cuda"] = option("cpu", "Where to run.")
@@ -102,7 +106,9 @@ def make_model(options: ModelOptions) -> Any:
     }
     own_names = {**spec.config_class.attribute_map, **OWN_NAMES.get(options.family, {})}
     if options.family == "llada2":
-        sizes |= {"num_key_value_heads": options.num_heads, "n_group": options.num_experts // 2, "topk_group": 2}
+        sizes |= {"n_group": options.num_experts // 2, "topk_group": 2}
+    if options.family in ("llada2", "fast_dllm_v2"):
+        sizes["num_key_value_heads"] = options.num_heads
     mask_token_id = list(spec.special_tokens).index(spec.mask_token)
     config = spec.config_class(
         **{own_names.get(name, name): size for name, size in sizes.items()}, mask_token_id=mask_token_id
