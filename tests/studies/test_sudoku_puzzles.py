@@ -112,6 +112,7 @@ def test_canonical_forms_forget_the_names_of_digits_alone():
         ("12345" + "." * 11, None, "'5' is neither a digit of 1 to 4 nor a blank"),
         ("1x" + "." * 14, None, "'x' is neither"),
         ("1..1" + "." * 12, None, "1 stands in cells 1 and 4"),
+        ("1..1" + "." * 12, FULL, "does not keep the clues"),
         ("123." + "...4" + "." * 8, None, "no solution"),
         (TWO_SOLUTIONS, None, "more than one solution"),
         (TWO_SOLUTIONS, FULL, "more than one solution"),
@@ -161,6 +162,7 @@ def test_plain_lines_are_read(tmp_path):
     path = tmp_path / "puzzles.txt"
     path.write_text(f"\n.{FULL[1:]}\r\n0.{FULL[2:]}\n")
     assert [puzzle.clues for puzzle in read_puzzles(path)] == [f".{FULL[1:]}", f"..{FULL[2:]}"]
+    assert [puzzle.clues for puzzle in read_puzzles(path, most=1)] == [f".{FULL[1:]}"]
 
 
 def test_published_puzzles(shared_dir, tmp_path):

@@ -44,6 +44,7 @@ OTHERS = {
     "ema_decay": 0.5,
     "save_steps": 9,
     "bf16": True,
+    "num_workers": 2,
 }
 FILES = {"puzzles": "a.txt", "train_puzzles": "b.txt"}
 
@@ -54,7 +55,7 @@ def test_every_flag_is_accepted_and_decides_what_is_the_same_study():
     for name, value in OTHERS.items():
         options = StudyOptions(**{"output": "out", **FILES, name: value})
         changed = {key for key in base if options.identity()[key] != base[key]}
-        if name in ("output", "arms", "seeds", "device"):
+        if name in ("output", "arms", "seeds", "device", "num_workers"):
             assert not changed, name
         elif name == "preset":
             assert {"preset", "hidden_size", "max_steps", "minutes"} <= changed

@@ -99,6 +99,12 @@ def test_an_interrupted_study_goes_on_to_the_same_end(make_options, monkeypatch,
     assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
 
 
+def test_worker_processes_change_nothing(make_options, finished):
+    _, results = finished
+    cell = study(make_options(arms="rollout", num_workers=2))["cells"][0]
+    assert without_times({"cells": [cell]}) == without_times({"cells": results["cells"][1:2]})
+
+
 def test_the_arms_are_settings_of_one_trainer(make_options, tmp_path):
     options = make_options(num_unroll=3, bptt_window=2, tau=0.3, tau_jitter=0.05)
     configs = {arm: run.training_config(options, arm, 1, tmp_path) for arm in ARMS}

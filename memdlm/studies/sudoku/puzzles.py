@@ -79,15 +79,15 @@ def check_puzzle(clues: str, solution: str | None = None, prove: bool = True) ->
         raise InputError(f"{strange[0]!r} is neither a digit of {digits[0]} to {digits[-1]} nor a blank ('.' or '0')")
     if BLANK not in clues:
         raise InputError("the puzzle has no blank: there is nothing to fill in")
+    if solution is not None:
+        _check_solution(clues, solution)
+        if not prove:
+            return Puzzle(clues, solution)
     pair = conflict(clues)
     if pair is not None:
         raise InputError(
             f"the clues exclude each other: {clues[pair[0]]} stands in cells {pair[0] + 1} and {pair[1] + 1}"
         )
-    if solution is not None:
-        _check_solution(clues, solution)
-        if not prove:
-            return Puzzle(clues, solution)
     found = solve(clues)
     if not found.solutions:
         raise InputError("the puzzle has no solution")
@@ -104,7 +104,9 @@ def _check_solution(clues: str, solution: str) -> None:
         raise InputError("its stated solution does not keep the clues")
 
 
-def read_puzzles(path: str | pathlib.Path, prove: bool = True, skip_bad: bool = False) -> list[Puzzle]:
+def read_puzzles(
+    path: str | pathlib.Path, prove: bool = True, skip_bad: bool = False, most: int | None = None
+) -> list[Puzzle]:
     """The puzzles of a file, in its order.
 
     A `.csv` file has a header with a column Puzzle (or Question) and may have one Solution (or Answer); any other file
@@ -114,6 +116,7 @@ def read_puzzles(path: str | pathlib.Path, prove: bool = True, skip_bad: bool = 
         path: the file.
         prove: see `check_puzzle`.
         skip_bad: leave out the lines that `check_puzzle` refuses, and log how many.
+        most: end with so many puzzles; None: read the whole file.
 
     Raises:
         InputError: no such file, no such column, no puzzle, puzzles of two sizes; or, with the number of the line, what
@@ -135,6 +138,8 @@ def read_puzzles(path: str | pathlib.Path, prove: bool = True, skip_bad: bool = 
         if puzzles and puzzle.side != puzzles[0].side:
             raise InputError(f"{path}, line {line}: a puzzle of side {puzzle.side} among others of {puzzles[0].side}")
         puzzles.append(puzzle)
+        if len(puzzles) == most:
+            break
     if not puzzles:
         raise InputError(f"{path} holds no puzzle{f' that can be used ({bad[0]})' if bad else ''}: give another file")
     if bad:

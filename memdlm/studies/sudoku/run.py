@@ -72,6 +72,7 @@ def training_config(options: StudyOptions, arm: str, seed: int, folder: pathlib.
         bf16=sizes.bf16,
         use_cpu=options.device == "cpu",
         dataloader_drop_last=True,
+        dataloader_num_workers=sizes.num_workers,
         logging_steps=min(100, sizes.save_steps),
         save_steps=sizes.save_steps,
         save_total_limit=1,

@@ -16,7 +16,7 @@ TAU = 0.15  # the published one
 DEFAULT_MINUTES = {"tiny": 3.0}
 DEFAULT_STEPS = {"paper": 300_000}
 # What may differ between two runs that write into one folder.
-_NOT_IDENTITY = ("output", "arms", "seeds", "device")
+_NOT_IDENTITY = ("output", "arms", "seeds", "device", "num_workers")
 
 
 def _option(default: Any, help: str) -> Any:
@@ -52,11 +52,12 @@ class Sizes:
     ema_decay: float = _option(0.9999, "Of the averaged weights that are evaluated, in [0, 1).")
     save_steps: int = _option(5000, "Steps between checkpoints, at least 1.")
     bf16: bool = _option(True, "Train in bfloat16 mixed precision.")
+    num_workers: int = _option(4, "Processes that make training batches, at least 0.")
 
     def __post_init__(self) -> None:
         counts = ("num_train", "num_test", "min_blanks", "hidden_size", "num_layers", "num_heads", "feed_forward")
-        for name in (*counts, "batch_size", "save_steps", "warmup_steps"):
-            value, least = self.__dict__[name], 0 if name == "warmup_steps" else 1
+        for name in (*counts, "batch_size", "save_steps", "warmup_steps", "num_workers"):
+            value, least = self.__dict__[name], 0 if name in ("warmup_steps", "num_workers") else 1
             if value is not None and value < least:
                 raise InputError(f"--{name} must be at least {least}, got {value}")
         for name in ("dropout", "ema_decay"):
@@ -93,6 +94,7 @@ PRESETS = {
         ema_decay=0.99,
         save_steps=500,
         bf16=False,
+        num_workers=0,
     ),
     # One 80 GB GPU for about 36 hours for each arm and seed.
     "paper": Sizes(),

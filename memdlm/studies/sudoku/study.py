@@ -106,7 +106,7 @@ def load_puzzles(options: StudyOptions) -> tuple[list[Puzzle], list[Puzzle]]:
     """
     sizes = options.sizes
     if options.puzzles is not None:
-        test = read_puzzles(options.puzzles, skip_bad=options.skip_bad)[: sizes.num_test]
+        test = read_puzzles(options.puzzles, skip_bad=options.skip_bad, most=sizes.num_test)
     else:
         test = make_puzzles(
             sizes.side, sizes.num_test or 0, (sizes.min_blanks, sizes.max_blanks), options.data_seed + 1
