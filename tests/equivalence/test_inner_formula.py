@@ -9,16 +9,17 @@ import torch
 
 from dllm.core.schedulers import LinearAlphaScheduler
 from dllm.data.collators import PaddingCollator
+from dllm.models import get_spec, spec_of
 from memdlm.memory.collator import MemoryCollator, inner_plan
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.memory.plan import InnerPlan
 
-FAMILIES = ["llada", "llada_moe"]
+FAMILIES = ["llada", "llada_moe", "fast_dllm_v2"]
 MASK = 39
 
 
-def _plan(config: MemoryConfig, lengths=(9, 6, 7), **pad) -> InnerPlan:
+def _plan(config: MemoryConfig, family: str, lengths=(9, 6, 7)) -> InnerPlan:
     generator = torch.Generator().manual_seed(1)
     rows = []
     for index, length in enumerate(lengths):
@@ -26,11 +27,12 @@ def _plan(config: MemoryConfig, lengths=(9, 6, 7), **pad) -> InnerPlan:
         prompt = 2 + index
         rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:], "example_id": index})
     collator = MemoryCollator(
-        PaddingCollator(2, **pad),
+        PaddingCollator(2),
         config=config,
         scheduler=LinearAlphaScheduler(),
         mask_token_id=MASK,
         time_epsilon=0.3,
+        logit_shift=get_spec(family).logit_shift,
     )
     return inner_plan(collator(rows))
 
@@ -74,7 +76,7 @@ class _Naive:
         self.weights = dict(model.backbone.named_parameters())
 
     def outputs(self, matrices: list[torch.Tensor], plan: InnerPlan, state: int):
-        """(last hidden states after the final norm, log-probabilities at temperature 1, logits), [B, L, ...]."""
+        """(last hidden states after the final norm, logits) that predict each position, [B, L, ...]."""
         names = list(self.memory.fast.targets)
         merged = {}
         for index, name in enumerate(names):
@@ -84,7 +86,10 @@ class _Naive:
             merged[f"model.{name}.weight"] = self.weights[f"{name}.weight"] + delta
         inputs = {"attention_mask": plan.attention_mask, "output_hidden_states": True}
         output = torch.func.functional_call(self.model, merged, (plan.states[state],), inputs)
-        return output.hidden_states[-1], output.logits
+        if spec_of(self.model).logit_shift == 0:
+            return output.hidden_states[-1], output.logits
+        # Nothing predicts the first position, and nothing asks for it.
+        return tuple(torch.cat([x[:, :1], x[:, :-1]], dim=1) for x in (output.hidden_states[-1], output.logits))
 
     def losses(self, matrices: list[torch.Tensor], plan: InnerPlan, step) -> torch.Tensor:
         """The objective at every position, [B, L]."""
@@ -173,7 +178,7 @@ SETTINGS = {
 def test_the_inner_loop_is_the_formula(make_model, name: str, scope: str, family: str) -> None:
     model = make_model(family).double()
     config = _settings(scope=scope, **SETTINGS[name])
-    plan = _doubled(_plan(config))
+    plan = _doubled(_plan(config, family))
     memory = ParametricMemory(model, config)
     initial = memory.initial(plan, 0).double()
     with memory.attached():
@@ -202,7 +207,7 @@ def test_a_batch_of_rows_is_that_many_singles(make_model, family: str, target: s
     model = make_model(family).double()
     config = _settings(scope="row", inner_target=target, inner_loss_type=objective, inner_adapter_type="lora")
     # Rows of one length: what padding adds to a row is part of its input.
-    plan = _doubled(_plan(config, lengths=(9, 9, 9)))
+    plan = _doubled(_plan(config, family, lengths=(9, 9, 9)))
     memory = ParametricMemory(model, config)
 
     def write(plan: InnerPlan) -> tuple[torch.Tensor, torch.Tensor]:

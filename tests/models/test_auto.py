@@ -21,7 +21,7 @@ from dllm.models.tiny import make_tiny_checkpoint
 from dllm.utils import InputError, ModelArguments
 
 TEXT = "Some words to learn pieces from, and some more words. " * 5
-FAMILIES = ("llada", "llada_moe")
+FAMILIES = ("llada", "llada_moe", "fast_dllm_v2")
 # Odd and different sizes, so that a transposed or confused dimension shows.
 SIZES = {
     "llada": {"d_model": 24, "n_heads": 2, "n_kv_heads": 1, "n_layers": 3, "mlp_hidden_size": 40},
@@ -35,6 +35,14 @@ SIZES = {
         "expert_intermediate_size": 20,
         "dense_intermediate_size": 40,
         "moe_layer_freq": [0, 1, 1],
+    },
+    "fast_dllm_v2": {
+        "hidden_size": 24,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 3,
+        "intermediate_size": 40,
+        "tie_word_embeddings": False,
     },
 }
 SMALL = LoraSettings(r=3, alpha=6, dropout=0.0)
@@ -538,3 +546,18 @@ def test_dropout_is_a_setting_and_leaves_the_configuration_alone(tmp_path) -> No
     blocks = [model.backbone.layers[0] for model in (off, kept)]
     assert [(block.dropout.p, block.attention_dropout) for block in blocks] == [(0.0, 0.0), (0.3, 0.3)]
     assert off.config.to_dict() == kept.config.to_dict()
+
+
+@pytest.mark.parametrize("in_4bit", [False, True])
+def test_a_tied_head_stays_tied_under_lora(tmp_path, in_4bit):
+    if in_4bit:
+        pytest.importorskip("bitsandbytes")
+    path = make_tiny_checkpoint(tmp_path / "tied", "fast_dllm_v2", TEXT, 300, hidden_size=32, num_hidden_layers=2)
+    model = load_model(str(path), load_in_4bit=in_4bit, lora=SMALL)
+    base = model.get_base_model()
+    assert base.lm_head.weight is base.model.embed_tokens.weight and not base.lm_head.weight.requires_grad
+    shake(model)
+    model.save_pretrained(tmp_path / "adapter")
+    again = load_model(str(tmp_path / "adapter"), load_in_4bit=in_4bit)
+    # float32, and weights at other addresses.
+    torch.testing.assert_close(logits(again), logits(model), atol=1e-5, rtol=0)
