@@ -99,6 +99,24 @@ def test_an_interrupted_study_goes_on_to_the_same_end(make_options, monkeypatch,
     assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
 
 
+@pytest.mark.parametrize("limits", [{}, {"max_steps": None, "minutes": 1e-6}])
+def test_an_interruption_after_training_costs_no_further_step(make_options, monkeypatch, tmp_path, limits):
+    options = make_options(arms="relay", **limits)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_decode", None)
+        with pytest.raises(TypeError):
+            study(options)
+    steps = 1 if limits else 6
+    kept = load_file(tmp_path / f"study/relay-seed1/checkpoint-{steps}/ema.safetensors")
+    (cell,) = study(options)["cells"]
+    assert cell["steps"] == steps and cell["train_seconds"] >= 0
+    final = load_file(tmp_path / "study/relay-seed1/final/model.safetensors")
+    assert all(torch.equal(weight, kept[name]) for name, weight in final.items())
+    if not limits:
+        whole = study(make_options(arms="relay", output=str(tmp_path / "whole")))
+        assert without_times({"cells": [cell]}) == without_times(whole)
+
+
 def test_worker_processes_change_nothing(make_options, finished):
     _, results = finished
     cell = study(make_options(arms="rollout", num_workers=2))["cells"][0]

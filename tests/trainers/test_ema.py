@@ -99,6 +99,13 @@ def test_a_resumed_run_has_the_average_and_the_seconds_of_one_run(load, tokenize
     for name, value in whole.average.items():
         assert torch.equal(value, second.average[name]), name
     assert not list((tmp_path / "b").rglob("*.partial"))
+    other = load()
+    second.watch(other)
+    with second.applied():
+        assert all(torch.equal(weight, whole.average[name]) for name, weight in other.named_parameters())
+    other.lm_head.weight.requires_grad_(False)
+    with pytest.raises(InputError, match="of other weights"):
+        second.watch(other)
     assert load_file(tmp_path / "b" / "checkpoint-4" / EMA_FILE).keys() == whole.average.keys()
 
 
@@ -124,7 +131,7 @@ def test_training_ends_when_the_time_is_used_up(load, tokenizer, rows, tmp_path,
     settings = {"max_steps": 1000, "save_strategy": "steps", "save_steps": 2}
     trainer = make_trainer(load(), tokenizer, rows, tmp_path, [clock, budget], **settings)
     trainer.train()
-    assert trainer.state.global_step == 4 and budget.spent == 4
+    assert trainer.state.global_step == 4 and budget.spent == 4 and budget.is_spent
     assert (tmp_path / "checkpoint-4").is_dir()
 
 

@@ -53,26 +53,33 @@ class EmaCallback(transformers.TrainerCallback):
         self.average: dict[str, torch.Tensor] = {}
         self._weights: dict[str, torch.nn.Parameter] = {}
 
+    def watch(self, model: Any) -> None:
+        """Names the model whose weights are averaged; training does it by itself, decoding after `load` alone needs
+        it.
+
+        Raises:
+            InputError: the average that was loaded is of other weights.
+        """
+        self._weights = {name: weight for name, weight in unwrap(model).named_parameters() if weight.requires_grad}
+        if self.average and self.average.keys() != self._weights.keys():
+            raise InputError("the checkpoint's average is of other weights than those of the model: start anew")
+
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         """Begins with the weights as they are; a resumed run goes on with what was loaded."""
         if args.fsdp or args.deepspeed:
-            raise InputError(
-                "weights sharded over processes cannot be averaged: drop FSDP and DeepSpeed, or the average"
-            )
-        self._weights = {name: weight for name, weight in unwrap(model).named_parameters() if weight.requires_grad}
+            raise InputError("sharded weights cannot be averaged: drop FSDP and DeepSpeed, or the average")
         if state.global_step == 0:
-            self.num_updates = 0
-            self.average = {name: _wide(weight).clone() for name, weight in self._weights.items()}
-            return
+            self.average, self.num_updates = {}, 0
         if self.num_updates != state.global_step:
             raise InputError(
                 f"the run goes on at step {state.global_step} with an average of {self.num_updates} steps: call "
                 "load(checkpoint) before train(resume_from_checkpoint=checkpoint)"
             )
-        if self.average.keys() != self._weights.keys():
-            raise InputError("the checkpoint's average is of other weights than those that are trained: start anew")
+        self.watch(model)
+        begin = self.average or self._weights
         self.average = {
-            name: self.average[name].to(weight.device, _wide(weight).dtype) for name, weight in self._weights.items()
+            name: begin[name].detach().to(weight.device, _wide(weight).dtype, copy=True)
+            for name, weight in self._weights.items()
         }
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
@@ -140,6 +147,11 @@ class TimeBudget(transformers.TrainerCallback, ExportableState):
         self.spent = 0.0
         self._since = 0.0
 
+    @property
+    def is_spent(self) -> bool:
+        """Whether the budget is used up."""
+        return self.seconds is not None and self.spent >= self.seconds
+
     def state(self) -> dict[str, Any]:
         """What trainer_state.json keeps."""
         return {"args": {"seconds": self.seconds}, "attributes": {"spent": self.spent}}
@@ -165,7 +177,7 @@ class TimeBudget(transformers.TrainerCallback, ExportableState):
         """Notes the seconds since the last step; asks for a checkpoint and the end where they are used up."""
         now = time.perf_counter()
         self.spent, self._since = self.spent + now - self._since, now
-        if self.seconds is not None and self.spent >= self.seconds:
+        if self.is_spent:
             control.should_save = True
             control.should_training_stop = True
 

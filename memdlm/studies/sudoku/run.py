@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dllm.core.samplers import MDLMSampler
@@ -111,13 +111,18 @@ def run_cell(
         train_dataset=BoardRows(train, tokenizer),
         callbacks=[ema, budget],
     )
-    checkpoint = newest_checkpoint(folder)
+    checkpoint, state = newest_checkpoint(folder), None
     if checkpoint is not None:
         ema.load(checkpoint)
         budget.load(checkpoint)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if state is not None and (budget.is_spent or state.global_step == options.max_steps):
+        ema.watch(trainer.model)  # trained to the end already, and interrupted later
+    else:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        state = trainer.state
     model = trainer.lm.eval()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     began = time.perf_counter()
     with ema.applied():
         trainer.save_model(str(folder / "final"))
@@ -125,7 +130,7 @@ def run_cell(
     return {
         "arm": arm,
         "seed": seed,
-        "steps": trainer.state.global_step,
+        "steps": state.global_step,
         "train_seconds": round(budget.spent, 1),
         "num_parameters": sum(weight.numel() for weight in model.parameters()),
         "last_loss": losses[-1] if losses else None,
