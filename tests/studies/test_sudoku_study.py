@@ -12,7 +12,7 @@ from dllm.models.auto import load_model, load_tokenizer
 from dllm.utils.parsing import InputError
 from memdlm.relay import ARMS
 from memdlm.studies.sudoku import run
-from memdlm.studies.sudoku.board import digit_tokenizer
+from memdlm.studies.sudoku.board import BoardRows, digit_tokenizer
 from memdlm.studies.sudoku.grid import canonical
 from memdlm.studies.sudoku.puzzles import make_puzzles
 from memdlm.studies.sudoku.report import draw, markdown, spread
@@ -138,6 +138,23 @@ def test_the_arms_are_settings_of_one_trainer(make_options, tmp_path):
     assert (relay["relay_sg"].carry, relay["relay_sg"].window) == (True, 1)
     assert (relay["relay"].carry, relay["relay"].window, relay["relay"].tau_jitter) == (True, 2, 0.05)
     assert (relay["relay"].gate, relay["relay"].positions, relay["relay"].read) == ("default", "all", "before")
+
+
+def test_norms_and_biases_do_not_decay(make_options, tmp_path):
+    options, tokenizer = make_options(), digit_tokenizer(85)
+    rows = BoardRows(make_puzzles(4, 8, (3, 6), seed=0), tokenizer)
+    model = run.make_model(options, tokenizer, 1)
+    config = run.training_config(options, "relay", 1, tmp_path)
+    trainer = run.RelayTrainer(model=model, args=config, processing_class=tokenizer, train_dataset=rows)
+    trainer.create_optimizer()
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    decays = {
+        group["weight_decay"]: [names[id(w)] for w in group["params"]] for group in trainer.optimizer.param_groups
+    }
+    assert set(decays) == {0.01, 0.0}
+    assert all(name.endswith(".bias") or "norm" in name for name in decays[0.0])
+    assert not any(name.endswith(".bias") or "norm" in name for name in decays[0.01])
+    assert "model.relay_layer_norm.weight" in decays[0.0] and len(names) == sum(map(len, decays.values()))
 
 
 def test_arms_begin_with_the_same_weights_and_seeds_do_not(make_options):
