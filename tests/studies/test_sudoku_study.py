@@ -16,6 +16,7 @@ from memdlm.studies.sudoku.board import BoardRows, digit_tokenizer
 from memdlm.studies.sudoku.grid import canonical
 from memdlm.studies.sudoku.puzzles import make_puzzles
 from memdlm.studies.sudoku.report import draw, markdown, spread
+from memdlm.studies.sudoku.settings import StudyOptions
 from memdlm.studies.sudoku.study import Results, load_puzzles, run_study
 
 TIMES = ("train_seconds", "eval_seconds")
@@ -227,17 +228,17 @@ def made_cell(arm, seed, exact):
 TAUS = (0.05, 0.15)
 
 
-def made_results(**settings):
+def made_results(preset="tiny", **changes):
     cells = [
         made_cell(arm, seed, 0.2 * seed + 0.1 * (arm == "relay")) for seed in (1, 2) for arm in ("rollout", "relay")
     ]
     data = {"num_train": 7, "num_test": 4, "test_tiers": {"singles": 4}}
-    known = {"preset": "tiny", "side": 4, "tau": 0.15, "minutes": 1.5, "max_steps": None, "eval_batch_size": 512}
-    return {"settings": {**known, "tie_embeddings": True, **settings}, "data": data, "cells": cells}
+    options = StudyOptions(output="o", preset=preset, puzzles="a.csv", train_puzzles="b.csv", **changes)
+    return {"settings": options.identity(), "data": data, "cells": cells}
 
 
 def test_the_report_says_what_was_found(tmp_path):
-    table = markdown(made_results())
+    table = markdown(made_results(minutes=1.5))
     arms = table.split("## Arms")[1].split("## ")[0]
     assert (
         "| rollout | 2 | 30.0 +- 14.1 [20.0, 40.0] | 50.0 +- 0.0 [50.0, 50.0] | 30.0 +- 14.1 [20.0, 40.0] "
@@ -252,11 +253,13 @@ def test_the_report_says_what_was_found(tmp_path):
 
 
 def test_published_numbers_stand_beside_the_published_setting_alone():
-    table = markdown(made_results(preset="paper", max_steps=300_000, minutes=None))
+    table = markdown(made_results("paper"))
     assert "Published (not measured here), tied embeddings" in table and "At most 300000 steps" in table
     assert "| relay | 62.67 +- 2.40 |" in table and "| 0.15 | relay | 21.01 | 82.26 | 65.80 |" in table
-    untied = markdown(made_results(preset="paper", tie_embeddings=False))
+    assert "Different here: trained on b.csv." in table
+    untied = markdown(made_results("paper", tie_embeddings=False, batch_size=8, max_steps=9, num_unroll=3))
     assert "| relay | 62.07 +- 0.70 |" in untied and "| 0.15 | mask_uniform | 33.32 | 62.64 | 28.47 |" in untied
+    assert "Different here: batch_size 8, max_steps 9, num_unroll 3, trained on b.csv." in untied
 
 
 def test_spread():
