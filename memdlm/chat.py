@@ -5,6 +5,7 @@
 
 The family decides how is decoded; `--sampler block --block_size N` for one trained by block diffusion.
 With memory on, one is written from the conversation so far before each answer (Parametric Memory) and dropped after it.
+A checkpoint with a relay is decoded with it unless `--relay False` says otherwise.
 /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves. Where standard input is a file or a pipe, one line is
 one message and the answers are printed plainly. `--help` lists every flag.
 """
@@ -167,7 +168,8 @@ def main() -> None:
     console = Console()
     decoder = Decoder.from_flags(load_flags, memory_flags, sampler_class)
     chat = Chat(decoder, config, console, memory_flags.mem_enabled, options.system)
-    console.print(f"memory is {'on' if chat.with_memory else 'off'}; /help lists the commands", style="yellow")
+    relay = "; the relay is on" if decoder.sampler.carries_state else ""
+    console.print(f"memory is {'on' if chat.with_memory else 'off'}{relay}; /help lists the commands", style="yellow")
     while (line := read_line(console)) is not None and chat.handle(line):
         pass
 

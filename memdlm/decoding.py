@@ -1,4 +1,5 @@
-"""Decode from flags: which model, how it samples, which memory. What the programs that talk to a model have in common.
+"""Decode from flags: which model (with its relay or without), how it samples, which memory. What the programs that talk
+to a model have in common.
 
 load_flags, sampler_flags, memory_flags = parse_args(LoadFlags, SamplerFlags, MemoryFlags)
 sampler_class = find_sampler(load_flags, sampler_flags)
@@ -28,6 +29,7 @@ from dllm.utils.parsing import InputError
 from memdlm.memory import WrittenMemory
 from memdlm.memory.config import FLAG_PREFIX, IDLE_WITHOUT_LABELS, MemoryConfig, decoding_fields
 from memdlm.memory.parametric import ParametricMemory
+from memdlm.relay.sampler import RelaySampler, make_sampler
 
 Observer = Callable[[torch.Tensor], None]
 SAMPLERS: dict[str, type[BaseSampler]] = {"mdlm": MDLMSampler, "block": BlockSampler}
@@ -53,8 +55,15 @@ def _load_fields() -> list[tuple[str, Any, Any]]:
         (name, hints[name], field(default=known[name].default, metadata=dict(known[name].metadata)))
         for name in _LOAD_FIELDS
     ]
-    help = "Where to run, e.g. cpu or cuda:1. None: the GPU if there is one."
-    return [*shared, ("device", str | None, field(default=None, metadata={"help": help}))]
+    device = "Where to run, e.g. cpu or cuda:1. None: the GPU if there is one."
+    relay = "Carry the hidden state from step to step (needs a checkpoint with a relay). None: if it has one."
+    zeroed = "A control: the relay's weights without what it carries; every step gets what the first one does."
+    return [
+        *shared,
+        ("device", str | None, field(default=None, metadata={"help": device})),
+        ("relay", bool | None, field(default=None, metadata={"help": relay})),
+        ("relay_zeroed", bool, field(default=False, metadata={"help": zeroed})),
+    ]
 
 
 def _sampler_fields() -> list[tuple[str, Any, Any]]:
@@ -171,10 +180,12 @@ class Decoded:
     memory_seconds: float
 
     def summary(self, row: int) -> str:
-        """One line about how a row was made: forwards, tokens per forward, its memory."""
-        assert self.output.nfe is not None
-        rate = float(self.output.tokens_per_forward[row])
-        line = f"{int(self.output.nfe[row])} forwards, {rate:.2f} tokens per forward"
+        """One line about how a row was made: denoising forwards, tokens per such, forwards that fill a cache, its
+        memory."""
+        assert self.output.nfe is not None and self.output.cache_forwards is not None
+        rate, others = float(self.output.tokens_per_forward[row]), int(self.output.cache_forwards[row])
+        line = f"{int(self.output.nfe[row])} denoising forwards, {rate:.2f} tokens per forward"
+        line += f", {others} more for the cache" if others else ""
         if self.written is None:
             return line
         memory = self.written[row]
@@ -187,11 +198,18 @@ class Decoded:
 class Decoder:
     """A model with its tokenizer and sampler, and a memory that can be written from each prompt.
 
+    A model with a relay is decoded with it: the sampler is the counterpart of `sampler_class` that carries a state. A
+    memory is then written with what a first denoising step gets, before the first one.
+
     Args:
         model: a model of `dllm.models` in eval mode, plain, quantised or with an adapter.
         tokenizer: the one that belongs to it.
         config: settings of the memory; None: `with_memory` cannot be asked for.
         sampler_class: what decodes; None: as the model's family does.
+        relay, relay_zeroed: see `memdlm.relay.make_sampler`.
+
+    Raises:
+        InputError: see there; those of `ParametricMemory`.
     """
 
     def __init__(
@@ -200,12 +218,25 @@ class Decoder:
         tokenizer: PreTrainedTokenizerBase,
         config: MemoryConfig | None = None,
         sampler_class: type[BaseSampler] | None = None,
+        *,
+        relay: bool | None = None,
+        relay_zeroed: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
-        self.sampler = (sampler_class or _own_sampler(spec_of(unwrap(model))))(model, tokenizer)
-        self.memory = None
-        if config is not None:
-            self.memory = ParametricMemory(model, config, mask_token_id=self.sampler.mask_token_id)
+        kind = sampler_class or _own_sampler(spec_of(unwrap(model)))
+        self.sampler = make_sampler(kind, model, tokenizer, relay, relay_zeroed)
+        self.memory = None if config is None else self.make_memory(config)
+
+    def make_memory(self, config: MemoryConfig) -> ParametricMemory:
+        """A memory of the model with these settings, which goes together with what decodes.
+
+        Raises:
+            InputError: those of `ParametricMemory`.
+        """
+        memory = ParametricMemory(self.sampler.model, config, mask_token_id=self.sampler.mask_token_id)
+        if isinstance(self.sampler, RelaySampler):
+            memory.alone = self.sampler.channel.first_forwards
+        return memory
 
     @classmethod
     def from_flags(cls, load_flags: Any, memory_flags: Any, sampler_class: type[BaseSampler] | None = None) -> Decoder:
@@ -213,15 +244,16 @@ class Decoder:
         `memory_flags` (a MemoryFlags) switch it off. `sampler_class` as in the constructor (see `find_sampler`).
 
         Raises:
-            InputError: those of load_model and MemoryConfig; a device that is not there.
+            InputError: those of load_model, MemoryConfig and the constructor; a device that is not there.
         """
         config = memory_config(memory_flags)
         options = dict(vars(load_flags))
         name, device = options.pop("model_name_or_path"), _device(options.pop("device"))
+        relay, zeroed = options.pop("relay"), options.pop("relay_zeroed")
         model = load_model(name, **options, device=device)
         base, trust = options["base_model_name_or_path"], options["trust_remote_code"]
         tokenizer = load_tokenizer(name, base_model_name_or_path=base, model=model, trust_remote_code=trust)
-        return cls(model, tokenizer, config, sampler_class)
+        return cls(model, tokenizer, config, sampler_class, relay=relay, relay_zeroed=zeroed)
 
     def answer(
         self,

@@ -30,7 +30,6 @@ from memdlm.decoding import (
     memory_config,
     sampler_config,
 )
-from memdlm.memory.config import MemoryConfig
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.memory.prompts import WrittenMemory
 from memdlm.memory.store import check_target, read_header
@@ -135,7 +134,7 @@ def write(words: Sequence[str]) -> None:
     text = read_document(path)
     check_target(options.out)
     decoder = Decoder.from_flags(load_flags, MemoryFlags())
-    memory = _memory(decoder, config)
+    memory = decoder.make_memory(config)
     limit = memory.lm.config.max_position_embeddings if options.max_length is None else options.max_length
     ids = decoder.tokenizer(text, verbose=False)["input_ids"]
     ids, num_dropped = fit_length(ids, limit, options.truncation, path)
@@ -184,17 +183,13 @@ def ask(words: Sequence[str]) -> None:
     sampler_class = find_sampler(LoadFlags(**loading), sampler_flags)
     config = sampler_config(sampler_flags, sampler_class, early_stop=True)
     decoder = Decoder.from_flags(LoadFlags(**loading), MemoryFlags(), sampler_class)
-    memory = _memory(decoder, header.settings())
+    memory = decoder.make_memory(header.settings())
     ids = _question_ids(decoder, question, options.chat)
     with memory.attached():
         memory.load(path)
         print(f"question: {question}")
         _answer(decoder, ids, config, f"with the memory of {header.num_tokens:,} tokens")
     _answer(decoder, ids, config, "without it")
-
-
-def _memory(decoder: Decoder, config: MemoryConfig) -> ParametricMemory:
-    return ParametricMemory(decoder.sampler.model, config, mask_token_id=decoder.sampler.mask_token_id)
 
 
 def _question_ids(decoder: Decoder, question: str, chat: bool) -> list[int]:
@@ -211,7 +206,7 @@ def _question_ids(decoder: Decoder, question: str, chat: bool) -> list[int]:
 def _answer(decoder: Decoder, ids: list[int], config: BaseSamplerConfig, title: str) -> None:
     output = decoder.answer([ids], config).output
     assert output.answers is not None and output.nfe is not None
-    print(f"\n{title} ({int(output.nfe[0])} forwards):\n{decoder.text(output.answers[0].tolist())}")
+    print(f"\n{title} ({int(output.nfe[0])} denoising forwards):\n{decoder.text(output.answers[0].tolist())}")
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"write": write, "ask": ask}

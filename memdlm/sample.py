@@ -5,7 +5,8 @@
 
 In a text to fill in, [MASK] stands for one token, [MASK*8] for eight; the model's own mask token does too. With
 memory, one is written from each prompt, or from what stands around the masks. The family decides how is decoded;
-`--sampler block --block_size N` for one trained by block diffusion. `--help` lists every flag.
+`--sampler block --block_size N` for one trained by block diffusion. A checkpoint with a relay is decoded with it unless
+`--relay False` says otherwise. `--help` lists every flag.
 """
 
 from __future__ import annotations

@@ -196,7 +196,7 @@ def test_answers_are_those_of_the_sampler_with_the_memories_in_place(decoder, pr
         return
     assert [one.num_tokens for one in decoded.written] == [len(prompt) for prompt in prompts]
     assert all(one.failure is None for one in decoded.written)
-    assert "memory of" in decoded.summary(0) and "4 forwards, 2.00 tokens per forward" in decoded.summary(0)
+    assert "memory of" in decoded.summary(0) and "4 denoising forwards, 2.00 tokens per forward" in decoded.summary(0)
     plain = decoder.answer(prompts, config).output.sequences
     assert not torch.equal(plain, wanted.sequences)  # it did something, and is gone
     assert torch.equal(plain, decoder.sampler.sample(prompts, config).sequences)

@@ -10,20 +10,28 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from dllm.utils.distributed import is_main_process
+from dllm.utils.logging import get_default_logger
 from dllm.utils.parsing import InputError
+
+logger = get_default_logger(__name__)
 
 RELAY_NORM = "relay_layer_norm"  # name of the module under the backbone
 RELAY_FILE = "relay_config.json"  # beside an adapter: the keys that a full checkpoint has in config.json
 PREFIX = "relay_"  # of the keys in config.json
 # Names that earlier checkpoints of the published code used.
 FORMER_KEYS = {"use_loopholing": "use_relay", "loophole_layer": "relay_layer"}
+
+# What was said of models whose relay is off.
+_told: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 Gate = Literal["zero", "default"]
 Positions = Literal["mask", "all"]
@@ -99,6 +107,17 @@ def load_relay_keys(path: str | os.PathLike[str]) -> RelayKeys:
 def with_present_names(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The contents of a config.json with former keys under their present names."""
     return {FORMER_KEYS.get(key, key): value for key, value in raw.items()}
+
+
+def warn_idle_relay(model: PreTrainedModel, what_follows: str) -> None:
+    """Says that the relay of `model` is off, once per process, model and `what_follows`."""
+    told = _told.setdefault(model, set())
+    if what_follows in told:
+        return
+    told.add(what_follows)
+    if is_main_process():
+        name = model.config.name_or_path or type(model).__name__
+        logger.warning(f"the checkpoint {name} was trained with a relay, which is off: {what_follows}")
 
 
 class RelayNorm(nn.LayerNorm):

@@ -3,10 +3,11 @@
 from memdlm.relay.buffer import RolloutBuffer
 from memdlm.relay.channel import RelayChannel, RelayState
 from memdlm.relay.config import ARMS, PRESETS, RelayConfig
+from memdlm.relay.likelihood import RelayScorer
 from memdlm.relay.loading import load_model
 from memdlm.relay.memory import MemRelayBD3LMConfig, MemRelayBD3LMTrainer, MemRelayConfig, MemRelayTrainer
 from memdlm.relay.rollout import RevealRule, Unrolled, unroll
-from memdlm.relay.sampler import RelayBlockSampler, RelayMDLMSampler
+from memdlm.relay.sampler import RelayBlockSampler, RelayMDLMSampler, RelaySampler, make_sampler
 from memdlm.relay.trainer import RelayBD3LMConfig, RelayBD3LMTrainer, RelayTrainer, RelayTrainerConfig
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "RelayChannel",
     "RelayConfig",
     "RelayMDLMSampler",
+    "RelaySampler",
+    "RelayScorer",
     "RelayState",
     "RelayTrainer",
     "RelayTrainerConfig",
@@ -29,5 +32,6 @@ __all__ = [
     "RolloutBuffer",
     "Unrolled",
     "load_model",
+    "make_sampler",
     "unroll",
 ]

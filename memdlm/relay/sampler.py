@@ -13,7 +13,8 @@ from torch import nn
 
 from dllm.core.samplers import BlockSampler, MDLMSampler
 from dllm.core.samplers.base import BaseSampler, Visit
-from dllm.models.backbone import DiffusionLMOutput
+from dllm.models.backbone import DiffusionLMOutput, unwrap
+from dllm.utils.parsing import InputError
 from memdlm.relay.channel import RelayChannel, RelayState
 
 
@@ -119,3 +120,39 @@ class RelayBlockSampler(RelaySampler, BlockSampler):
     """`BlockSampler` with a relay; a row's state begins anew in every block."""
 
     begins_anew_in_blocks = True
+
+
+SAMPLERS: dict[type[BaseSampler], type[RelaySampler]] = {
+    MDLMSampler: RelayMDLMSampler,
+    BlockSampler: RelayBlockSampler,
+}
+
+
+def make_sampler(
+    sampler_class: type[BaseSampler],
+    model: nn.Module,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    relay: bool | None = None,
+    zeroed: bool = False,
+) -> BaseSampler:
+    """A sampler of the class, or the one that decodes likewise and carries a state (`SAMPLERS`).
+
+    Args:
+        sampler_class: one of `SAMPLERS`.
+        model, tokenizer: as in `BaseSampler`.
+        relay: decode with the model's relay. None: if it has one. False with a model that has one is told once.
+        zeroed: see `RelaySampler`; asks for the relay.
+
+    Raises:
+        InputError: zeroed with relay False; a relay asked for that the model does not have (the missing tensor is
+            named); a class that has no counterpart with a relay.
+    """
+    if zeroed and relay is False:
+        raise InputError("relay_zeroed has no effect with relay=False: drop one of them")
+    has_one = unwrap(model).backbone.relay_layer_norm is not None
+    if relay is False or (relay is None and not zeroed and not has_one):
+        return sampler_class(model, tokenizer)
+    if sampler_class not in SAMPLERS:
+        known = ", ".join(known.__name__ for known in SAMPLERS)
+        raise InputError(f"{sampler_class.__name__} carries no state: decode with {known}, or turn the relay off")
+    return SAMPLERS[sampler_class](model, tokenizer, zeroed=zeroed)

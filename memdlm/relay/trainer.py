@@ -134,6 +134,11 @@ class RelayTrainer(MDLMTrainer):
                 self.eval_metrics.metrics[f"relay_loss_{step + 1}"] = MeanMetric()
 
     @property
+    def uses_relay(self) -> bool:
+        """Whether this arm carries a state."""
+        return self.channel is not None
+
+    @property
     def rolls_out(self) -> bool:
         """Whether training goes through the states of decoding."""
         return self.relay_config.states == "rollout"

@@ -167,7 +167,10 @@ def test_sample_prints_what_the_decoder_says(decoder, checkpoint, tmp_path, caps
     decoded = own.answer(rows, config, with_memory=True)
     for index, prompt in enumerate(prompts):
         assert f"\n{prompt}\n  step 1: {prompt}" in f"\n{out}"
-        assert f"\n{own.text(decoded.output.answers[index].tolist())}\n  3 forwards, 2.00 tokens per forward" in out
+        assert (
+            f"\n{own.text(decoded.output.answers[index].tolist())}\n  3 denoising forwards, 2.00 tokens per forward"
+            in out
+        )
     assert out.count("step 3: ") == 4 and "4 in one batch: " in out and "their memories" in out
 
 
@@ -185,7 +188,7 @@ def test_a_block_causal_model_is_decoded_block_by_block(tmp_path, capsys, monkey
         for answer in own.answer(rows, config, with_memory=with_memory).output.answers.tolist():
             assert f"\n{own.text(answer)}\n" in out
     out = _sample(capsys, monkeypatch, *load, "--block_size", "8", "--infill", "x = [MASK*3] + y")
-    assert "3 forwards" in out or "4 forwards" in out  # one more where a block lies before
+    assert "3 denoising forwards" in out or "4 denoising forwards" in out  # one more where a block lies before
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
     monkeypatch.setattr(sys, "argv", ["chat.py", *load, *settings])
     chat.main()
@@ -215,7 +218,7 @@ def test_sample_fills_in_masks(decoder, checkpoint, capsys, monkeypatch) -> None
     for index, row in enumerate(rows):
         filled = decoder.tokenizer.decode(output.sequences[index, : len(row)], skip_special_tokens=True)
         assert f"{texts[index]}\n{filled}\n" in out
-    assert "1 forwards, 1.00" in out and "2 forwards, 2.00" in out
+    assert "1 denoising forwards, 1.00" in out and "2 denoising forwards, 2.00" in out
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,8 @@ def test_a_document_is_written_and_asked_about(checkpoint, document, tmp_path, c
     recall.main(["ask", str(out), "Where does it go?", *SHORT])  # the file names the model
     asked = capsys.readouterr().out
     _, with_memory, without = asked.split("\n\n", 2)
-    assert with_memory.startswith(f"with the memory of {header.num_tokens:,} tokens (6 forwards):")
-    assert without.startswith("without it (6 forwards):")
+    assert with_memory.startswith(f"with the memory of {header.num_tokens:,} tokens (6 denoising forwards):")
+    assert without.startswith("without it (6 denoising forwards):")
     assert with_memory.partition("\n")[2].strip() != without.partition("\n")[2].strip()
     recall.main(["ask", str(out), "Where does it go?", *SHORT])
     assert capsys.readouterr().out == asked

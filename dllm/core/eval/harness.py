@@ -29,7 +29,7 @@ from dllm.core.eval.protocol import ProcessLM
 from dllm.core.eval.scoring import Scoring
 from dllm.core.eval.text import answer_text, encode, encode_pair, encode_prompt, fit, prefix_token_id, rolling_windows
 from dllm.core.noising import derive_seed
-from dllm.core.samplers import BaseSamplerConfig
+from dllm.core.samplers import BaseSampler, BaseSamplerConfig
 from dllm.models.backbone import unwrap
 from dllm.utils.parsing import InputError
 
@@ -86,7 +86,7 @@ class BaseEvalHarness(ProcessLM):
         self.model, self.tokenizer = model, tokenizer
         self.lm = unwrap(model)
         self._join(self.lm.device)
-        self.sampler = self.config.sampler_class(model, tokenizer)
+        self.sampler = self.make_sampler(model, tokenizer)
         self.max_length = self.config.max_length or self.lm.config.max_position_embeddings
         self._answers = AnswerStore(self.config.answers_dir, self._rank)
         self._fingerprint: str | None = None
@@ -103,6 +103,21 @@ class BaseEvalHarness(ProcessLM):
         return super().create_from_arg_obj(arg_dict, additional_config)
 
     # What a subclass provides.
+
+    def make_sampler(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> BaseSampler:
+        """What decodes."""
+        return self.config.sampler_class(model, tokenizer)
+
+    def make_scorer(self) -> Scorer:
+        """What likelihoods are computed with."""
+        return Scorer(
+            self.lm,
+            self.sampler.mask_token_id,
+            self.sampler.pad_token_id,
+            self.guidance,
+            self.config.mc_batch_size or self.batch_size,
+            self.scoring_block_size,
+        )
 
     def sampler_config(self, given: Mapping[str, Any]) -> BaseSamplerConfig:
         """The sampler's settings for a request (see `BaseEvalConfig.sampler_config`)."""
@@ -307,7 +322,7 @@ class BaseEvalHarness(ProcessLM):
 
     def _cost(self, kind: Kind, jobs: Sequence[Job]) -> Cost:
         greedy = self.config.check_greedy and kind == "loglikelihood"
-        twice = self._scorer().forwards_per_row
+        twice = self.make_scorer().forwards_per_row
         cost = Cost(num_requests=len(jobs), num_truncated=sum(job.num_dropped > 0 for job in jobs))
         contexts: set[tuple[int, ...]] = set()
         for job in jobs:
@@ -354,17 +369,7 @@ class BaseEvalHarness(ProcessLM):
 
     def _scoring(self) -> Scoring:
         mc_num, seed = self.config.mc_num, self.config.seed
-        return Scoring(self._scorer(), self.context, self.one_context_per_batch, mc_num, seed, self._totals)
-
-    def _scorer(self) -> Scorer:
-        return Scorer(
-            self.lm,
-            self.sampler.mask_token_id,
-            self.sampler.pad_token_id,
-            self.guidance,
-            self.config.mc_batch_size or self.batch_size,
-            self.scoring_block_size,
-        )
+        return Scoring(self.make_scorer(), self.context, self.one_context_per_batch, mc_num, seed, self._totals)
 
     # Results.
 

@@ -45,6 +45,17 @@ class Scorer:
         """Forwards of the model that a masked state needs: 1, or 2 with guidance."""
         return 2 if self.cfg_scale > 0 else 1
 
+    def run(self, ids: torch.Tensor, attention_mask: torch.Tensor | None, start: torch.Tensor) -> torch.Tensor:
+        """Hidden states after the final norm, [R, L, D]: whatever asks the model does so here.
+
+        Args:
+            ids: int64 [R, L], masks among them.
+            attention_mask: see `dllm.core.attention.prepare_mask`.
+            start: int64 [R], first column of the block that is being filled in; 0 without blocks. A subclass that
+                carries a state goes by it.
+        """
+        return self.lm.backbone(input_ids=ids, attention_mask=attention_mask).last_hidden_state
+
 
 @dataclass(frozen=True)
 class Item:
@@ -219,26 +230,26 @@ def _masked_nll(scorer: Scorer, rows: _Rows, masked: torch.Tensor, positions: to
 
 def _logits(scorer: Scorer, rows: _Rows, noised: torch.Tensor, positions: torch.Tensor) -> Iterator[torch.Tensor]:
     """Logits [n, V] that predict the tokens at flat `positions`, a chunk of them at a time."""
-    conditional = _hidden(scorer, noised, rows.attention_mask, positions)
+    conditional = _hidden(scorer, rows, noised, positions)
     if scorer.cfg_scale == 0:
         yield from map(scorer.lm.head, conditional)
         return
     blank = noised.masked_fill(rows.is_context, scorer.mask_token_id)
-    unconditional = _hidden(scorer, blank, rows.attention_mask, positions)
+    unconditional = _hidden(scorer, rows, blank, positions)
     for given, free in zip(conditional, unconditional, strict=True):
         base = scorer.lm.head(free)
         yield base + (1 + scorer.cfg_scale) * (scorer.lm.head(given) - base)
 
 
-def _hidden(
-    scorer: Scorer, ids: torch.Tensor, attention_mask: torch.Tensor | None, positions: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    """Hidden states that predict flat `positions`, in chunks [n, D]."""
+def _hidden(scorer: Scorer, rows: _Rows, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Hidden states that predict flat `positions`, in chunks [n, D]; `ids` are those of `rows` with masks."""
+    attention_mask, start = rows.attention_mask, torch.zeros_like(ids[:, 0])
+    if scorer.block_size is not None:
+        start = rows.is_context.sum(dim=1) // scorer.block_size * scorer.block_size  # [R]
     if scorer.block_size is not None and ids.shape[1] > scorer.block_size:
         causal = block_causal_mask(ids.shape[1], scorer.block_size, device=ids.device)  # [1, 1, L, L]
         attention_mask = causal if attention_mask is None else causal & attention_mask.bool()[:, None, None]
-    output = scorer.lm.backbone(input_ids=ids, attention_mask=attention_mask)
-    wanted = output.last_hidden_state.flatten(0, 1)[positions - spec_of(scorer.lm).logit_shift]  # [N, D]
+    wanted = scorer.run(ids, attention_mask, start).flatten(0, 1)[positions - spec_of(scorer.lm).logit_shift]  # [N, D]
     return wanted.split(_chunk(scorer))
 
 

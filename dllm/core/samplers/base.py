@@ -17,6 +17,7 @@ from torch import nn
 
 from dllm.core.noising import derive_seed
 from dllm.models.backbone import DiffusionLMOutput, unwrap
+from dllm.models.relay_norm import warn_idle_relay
 from dllm.models.spec import spec_of
 from dllm.utils.parsing import InputError
 from dllm.utils.tokens import token_id
@@ -117,7 +118,8 @@ class BaseSampler(ABC):
     """Fills in mask tokens with a masked-diffusion LM.
 
     Args:
-        model: a model of `dllm.models`, plain or wrapped. It is called in the mode it is in: put it in eval mode.
+        model: a model of `dllm.models`, plain or wrapped. It is called in the mode it is in: put it in eval mode. If it
+            has a relay and the sampler carries no state, one line says so.
         tokenizer: gives the mask, padding and end-of-text tokens.
     """
 
@@ -134,6 +136,8 @@ class BaseSampler(ABC):
         self.eos_token_id = token_id(tokenizer, "eos_token")
         self.lm = unwrap(model)
         self.spec = spec_of(self.lm)
+        if self.lm.backbone.relay_layer_norm is not None and not self.carries_state:
+            warn_idle_relay(self.lm, "no hidden state is carried from step to step (samplers of memdlm.relay carry it)")
         turn = tokenizer.get_vocab().get(self.spec.end_of_turn_token)
         # What ends an answer: the end of the text, or of the turn in a chat.
         self.end_token_ids = sorted({self.eos_token_id, *([] if turn is None else [turn])})

@@ -58,4 +58,6 @@ BLOCK_PRESETS: dict[str, dict[str, Any]] = {
     "speed": {"block_size": 32, "threshold": 0.5, "editing_threshold": 0.0, "max_post_steps": 16},
     # Stock decoding of Fast-dLLM v2.
     "fast_dllm_v2": {"block_size": 32, "sub_block_size": 8, "threshold": 0.9},
+    # Of the same model with a relay, and of those that it is compared with (arXiv 2605.22967).
+    "relay": {"block_size": 32, "sub_block_size": 8, "threshold": 0.85},
 }

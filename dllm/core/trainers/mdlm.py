@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from dllm.core.editing import MASKED, EditPlanner, EditSettings
 from dllm.core.losses import NormType, WeightType, loss_weights, normalise, row_sums, token_nll
-from dllm.core.modes import evaluating
+from dllm.core.modes import evaluating, frozen
 from dllm.core.schedulers import BaseAlphaScheduler, get_alpha_scheduler_class, make_alpha_scheduler
 from dllm.core.trainers.editing import Editor
 from dllm.core.trainers.meters import (
@@ -26,6 +26,7 @@ from dllm.core.trainers.meters import (
 )
 from dllm.data.collators import Batch, NoisingCollator, PaddingCollator
 from dllm.models.backbone import unwrap
+from dllm.models.relay_norm import warn_idle_relay
 from dllm.models.spec import spec_of
 from dllm.utils.args import TrainingArguments
 from dllm.utils.parsing import InputError
@@ -82,6 +83,7 @@ class MDLMTrainer(transformers.Trainer):
         prediction_step, evaluation_loop         likelihood and perplexity over all ranks
         get_eval_dataloader, get_test_dataloader masks that do not change between evaluations
         training_step, log                       empty batches, seconds per step and peak memory in the log
+        train                                    the norm of a relay that is off is not trained
 
     Args:
         model: a model of `dllm.models`, also PEFT-wrapped.
@@ -146,6 +148,21 @@ class MDLMTrainer(transformers.Trainer):
         self._num_empty_batches = torch.zeros((), dtype=torch.int64, device=self.args.device)
         for callback in (self.clock, self.eval_metrics, _SetEpoch(train_collator)):
             self.add_callback(callback)
+
+    @property
+    def uses_relay(self) -> bool:
+        """Whether a hidden state is carried from forward to forward; here it never is."""
+        return False
+
+    def train(self, *args: Any, **kwargs: Any):
+        """As in Trainer. Where the model has a relay that this trainer does not use, one line says so, and its norm is
+        frozen meanwhile: it gets no gradient, which DDP would take for an error."""
+        idle = None if self.uses_relay else self.lm.backbone.relay_layer_norm
+        if idle is None:
+            return super().train(*args, **kwargs)
+        warn_idle_relay(self.lm, "its norm gets no gradient and stays as it is (memdlm.relay.RelayTrainer trains it)")
+        with frozen(idle):
+            return super().train(*args, **kwargs)
 
     def make_collator(self, pad, args: MDLMConfig, tokenizer, stream: str) -> NoisingCollator:
         """The collator of one stream ("train" or "eval"); a subclass that needs more in a batch returns its own."""
