@@ -6,6 +6,7 @@ import pathlib
 import sys
 
 import pytest
+import torch
 from rich.console import Console
 
 from dllm.coding import evalplus
@@ -13,10 +14,12 @@ from dllm.coding.extract import build_program
 from dllm.coding.problems import load_problems
 from dllm.coding.results import Result, ResultFile, share, summarise, table
 from dllm.coding.sandbox import check_sandbox
+from dllm.models.auto import load_model, load_tokenizer
 from dllm.models.tiny import make_tiny_checkpoint
 from dllm.utils import InputError, one_line_errors, parse_args
 from memdlm.decoding import Decoder, LoadFlags, MemoryFlags, SamplerFlags, find_sampler, sampler_config
 from memdlm.eval.code import CodeOptions, evaluate, main
+from memdlm.relay import RelayChannel, RelayConfig
 from memdlm.sample import prompt_ids
 
 NAMES = ("double", "half", "same")
@@ -175,6 +178,24 @@ def test_memory_takes_part(run) -> None:
     assert kept["config"]["memory"]["inner_lr"] == 5 and len(kept["results"]) == 3
     with pytest.raises(InputError, match="--mem_inner_lr has no effect without --mem_enabled True"):
         run("--mem_inner_lr", "5")
+
+
+def test_a_relay_takes_part_unless_it_is_switched_off(run, model, tmp_path) -> None:
+    loaded = load_model(model)
+    norm = RelayChannel.attach(loaded, RelayConfig(gate="default")).norm
+    with torch.no_grad():
+        norm.weight.mul_(20)
+    folder = str(tmp_path / "relay")
+    loaded.save_pretrained(folder)
+    load_tokenizer(model).save_pretrained(folder)
+    answers = {}
+    for relay in ("True", "False"):
+        _, kept = run("--model_name_or_path", folder, "--relay", relay)
+        answers[relay] = [entry["answer"] for entry in kept["results"]]
+        with pytest.raises(InputError, match="was made with another relay"):
+            run("--model_name_or_path", folder)
+        (tmp_path / "out" / "results.json").unlink()
+    assert answers["True"] != answers["False"]
 
 
 @pytest.mark.parametrize(
