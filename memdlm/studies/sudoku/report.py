@@ -217,14 +217,19 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
             xerr=[_deviation(values) for values in nfe],
             yerr=[_deviation(values) for values in exact],
             label=f"{arm} (n = {len(own)} seeds)" if len(own) > 1 else arm,
-            capsize=3,
+            capsize=2,
+            elinewidth=0.7,
             **STYLES[arm],
         )
     taus = ", ".join(f"{entry['tau']:g}" for entry in cells[0]["by_tau"])
     axis.set_xlabel("forwards per puzzle (NFE)")
     axis.set_ylabel("puzzles solved exactly (%)")
     side = results["settings"]["side"]
-    axis.set_title(f"{side}x{side} Sudoku, {results['data']['num_test']} test puzzles\ntau from right to left: {taus}")
+    axis.set_title(
+        f"{side}x{side} Sudoku, {results['data']['num_test']} test puzzles; bars: one standard deviation over seeds\n"
+        f"tau from right to left: {taus}",
+        fontsize=11,
+    )
     axis.grid(alpha=0.3)
     axis.legend()
     partial = path.with_name(f".{path.name}")
