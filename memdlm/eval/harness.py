@@ -1,4 +1,5 @@
-"""What an lm-eval adapter adds for Parametric Memory: a memory is written from each prompt before it is decoded."""
+"""What an lm-eval adapter adds for Parametric Memory (a memory is written from each prompt before it is decoded) and
+for Relay (a hidden state is carried from step to step)."""
 
 from __future__ import annotations
 
@@ -8,11 +9,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, make_dataclass
 from typing import Any
 
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
 from dllm.core.eval import BaseEvalHarness, BlockEvalConfig, BlockEvalHarness, MDLMEvalConfig, MDLMEvalHarness
+from dllm.core.eval.config import argument
+from dllm.core.eval.likelihood import Scorer
+from dllm.core.samplers import BaseSampler
 from dllm.utils.parsing import InputError
 from memdlm.memory.config import FLAG_PREFIX, MemoryConfig, decoding_fields
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.memory.store import MemoryStore
+from memdlm.relay.likelihood import RelayScorer
+from memdlm.relay.sampler import RelaySampler, make_sampler
 
 
 def _argument_fields() -> list[tuple[str, Any, Any]]:
@@ -172,3 +181,88 @@ class MemoryBlockHarness(MemoryHarness, BlockEvalHarness):
     """`BlockEvalHarness` with memory: written from a prompt before the cache of its finished blocks is filled."""
 
     config_class = MemoryBlockEvalConfig
+
+
+@dataclass(kw_only=True)
+class RelayArguments:
+    """Whether the model's relay is used; to be put before the model arguments of a harness, like `MemoryArguments`.
+
+    Raises:
+        InputError: arguments that contradict each other.
+    """
+
+    relay: bool | None = argument(
+        None, "Carry the hidden state from step to step (needs a checkpoint with a relay). None: if it has one."
+    )
+    relay_zeroed: bool = argument(
+        False, "A control: the relay's weights without what it carries; every step gets what the first one does."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # pyright: ignore[reportAttributeAccessIssue] (of the arguments that follow)
+        if self.relay_zeroed and self.relay is False:
+            raise InputError("relay_zeroed has no effect with relay=False: drop one of them")
+
+
+@dataclass
+class RelayEvalConfig(RelayArguments, MemoryEvalConfig):
+    """`MemoryEvalConfig` with a relay."""
+
+
+@dataclass
+class RelayBlockEvalConfig(RelayArguments, MemoryBlockEvalConfig):
+    """`MemoryBlockEvalConfig` with a relay."""
+
+
+class RelayHarness(MemoryHarness):
+    """A `MemoryHarness` that decodes a model with a relay by it, and scores likelihoods by `RelayScorer`.
+
+    To be put before another harness, with a `config_class` that has `RelayArguments`. Memories are written with what a
+    first denoising step gets. Without a relay nothing is changed.
+
+    Raises:
+        InputError: as `MemoryHarness` and `memdlm.relay.make_sampler`.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        if self.memory is not None and isinstance(self.sampler, RelaySampler):
+            self.memory.alone = self.sampler.channel.first_forwards
+
+    def make_sampler(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> BaseSampler:
+        """What decodes, with the relay unless it is off."""
+        config = self.config
+        return make_sampler(config.sampler_class, model, tokenizer, config.relay, config.relay_zeroed)
+
+    def make_scorer(self) -> Scorer:
+        """What likelihoods are computed with; with a relay two forwards over each state."""
+        scorer = super().make_scorer()
+        if not isinstance(self.sampler, RelaySampler):
+            return scorer
+        return RelayScorer(**vars(scorer), channel=self.sampler.channel, zeroed=self.sampler.zeroed)
+
+    def relay_settings(self) -> dict[str, Any] | None:
+        """How the relay is used, as JSON; None: it is off, or there is none."""
+        if not isinstance(self.sampler, RelaySampler):
+            return None
+        return {**dataclasses.asdict(self.sampler.channel.keys), "zeroed": self.sampler.zeroed}
+
+    def fingerprint_parts(self) -> dict[str, Any]:
+        """Those of `MemoryHarness`, and the relay's settings."""
+        return {**super().fingerprint_parts(), "relay": self.relay_settings()}
+
+    def get_model_info(self) -> dict[str, Any]:
+        """As `MemoryHarness.get_model_info`, and the relay's settings."""
+        return {**super().get_model_info(), "relay": self.relay_settings()}
+
+
+class RelayMDLMHarness(RelayHarness, MDLMEvalHarness):
+    """`MDLMEvalHarness` with relay and memory."""
+
+    config_class = RelayEvalConfig
+
+
+class RelayBlockHarness(RelayHarness, BlockEvalHarness):
+    """`BlockEvalHarness` with relay and memory."""
+
+    config_class = RelayBlockEvalConfig
