@@ -1,4 +1,4 @@
-"""Fine-tune Fast-dLLM v2 on instructions: plain block diffusion, or Relay.
+"""Fine-tune Fast-dLLM v2 on instructions: plain block diffusion, or Relay; each with or without Parametric Memory.
 
     python -m dllm.models.tiny --family fast_dllm_v2 --output runs/tiny-fast
     accelerate launch --config_file scripts/accelerate_configs/cpu.yaml examples/fast_dllm_v2/sft.py \
@@ -6,9 +6,10 @@
         --loss_weight_type uniform --complementary_masks True --output_dir runs/first --use_cpu True
 
 `--training_objective bd3lm` (the default) denoises each block given the clean blocks before it; with uniform weights
-and complementary masks as published. `relay` goes through the states of decoding and carries the hidden state along.
-`--help` lists the flags of the objective that is named beside it. The run ends with the model in
-OUTPUT_DIR/checkpoint-final and, if the data has a test split, with OUTPUT_DIR/eval_results.json.
+and complementary masks as published. `relay` goes through the states of decoding and carries the hidden state along;
+`--relay_arm` names what it is compared with. `--help` lists the flags of the objective that is named beside it: the
+memory's have the prefix `mem_`, the relay's `relay_`. The run ends with the model in OUTPUT_DIR/checkpoint-final and,
+if the data has a test split, with OUTPUT_DIR/eval_results.json.
 """
 
 import functools
@@ -21,7 +22,7 @@ from memdlm import MemBD3LMTrainer, relay
 
 OBJECTIVES = {
     "bd3lm": (MemBD3LMTrainer, MemBD3LMTrainer.MemDLMConfig),
-    "relay": (relay.RelayBD3LMTrainer, relay.RelayBD3LMConfig),
+    "relay": (relay.MemRelayBD3LMTrainer, relay.MemRelayBD3LMConfig),
 }
 
 
@@ -54,7 +55,7 @@ def main() -> None:
         ModelArguments, DataArguments, config, ObjectiveArguments
     )
     load_model = utils.get_model
-    if trainer_class is relay.RelayBD3LMTrainer:
+    if issubclass(trainer_class, relay.RelayTrainer):
         load_model = functools.partial(relay.load_model, relay=training_args.relay())
     fine_tune(trainer_class, model_args, data_args, training_args, load_model)
 
