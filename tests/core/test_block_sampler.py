@@ -31,9 +31,18 @@ def _prompts() -> list[list[int]]:
     return [torch.randint(0, 37, (length,), generator=generator).tolist() for length in (5, 2, 11, 8, 1)]
 
 
+def _has_ended(answer: list[int], ends: tuple[int, ...]) -> bool:
+    """Whether one of `ends` stands in the answer with no mask before it."""
+    first = next((token for token in answer if token == MASK or token in ends), MASK)
+    return first != MASK
+
+
 @torch.no_grad()
-def _naive(model, prompt: list[int], new: int, size: int, config: BlockSamplerConfig):
-    """(answer, steps) of one prompt: everything seen is computed anew in every step, one token after the other."""
+def _naive(
+    model, prompt: list[int], new: int, size: int, config: BlockSamplerConfig, ends: tuple[int, ...] = ()
+) -> tuple[list[int], int]:
+    """(answer, steps) of one prompt: everything seen is computed anew in every step, one token after the other; it ends
+    where one of `ends` does, with editing where its block is done."""
     total = -((len(prompt) + new) // -size) * size
     ids = torch.tensor(prompt + [MASK] * (total - len(prompt)))
     num_steps = 0
@@ -63,10 +72,14 @@ def _naive(model, prompt: list[int], new: int, size: int, config: BlockSamplerCo
             num_steps += 1
             step += 1
             post_steps += not had_masks
+            if config.editing_threshold is None and _has_ended(ids[len(prompt) :].tolist(), ends):
+                break
             if any(ids[i] == MASK for i in block):
                 continue
             if config.editing_threshold is None or not chosen or post_steps >= config.max_post_steps:
                 break
+        if _has_ended(ids[len(prompt) :].tolist(), ends):
+            break
     return ids[len(prompt) : len(prompt) + new].tolist(), num_steps
 
 
@@ -233,10 +246,32 @@ def test_a_long_prompt_is_prefilled_in_parts(make_model, monkeypatch) -> None:
     assert parts.cache_forwards is not None and parts.cache_forwards.tolist() == [4, 1, 0]  # 8 columns each
 
 
-def test_early_stop_ends_a_row_with_its_block(make_model) -> None:
+@pytest.mark.parametrize("name", ["steps", "threshold", "sub_blocks_and_threshold", "editing"])
+def test_nfe_ends_with_the_answer(make_model, name: str) -> None:
+    sampler, prompts = _sampler(make_model("llada2_moe").double()), _prompts()[:3]
+    config = BlockSamplerConfig(max_new_tokens=11, block_size=4, **SETTINGS[name])
+    whole = sampler.sample(prompts, config).answers
+    assert whole is not None
+    sampler.end_token_ids = [int(whole[0, 4]), int(whole[2, 2])]  # each the first of a block of three or four masks
+    config = dataclasses.replace(config, early_stop=True)
+    batch = sampler.sample(prompts, config)
+    assert batch.answers is not None and batch.nfe is not None and batch.num_committed is not None
+    num_cut = 0
+    for row, prompt in enumerate(prompts):
+        ids, steps = _naive(sampler.model, prompt, 11, 4, config, tuple(sampler.end_token_ids))
+        length = next((i + 1 for i, token in enumerate(ids) if token in sampler.end_token_ids), 11)
+        num_cut += MASK in ids[length : length + -(len(prompt) + length) % 4]  # of the block of the end
+        assert batch.answers[row].tolist() == ids[:length] + [PAD] * (11 - length)
+        assert (batch.nfe[row], batch.num_committed[row]) == (steps, length)
+        single = sampler.sample([prompt], config)
+        assert single.nfe is not None and single.nfe[0] == steps == single.batch_forwards
+    assert (num_cut > 0) == (name != "editing")  # edits may still replace the end as long as its block is not done
+
+
+def test_early_stop_cuts_an_answer_behind_its_end(make_model) -> None:
     sampler = _sampler(make_model("llada2_moe"))
     stopped = 0
-    for seed in range(10):
+    for seed in range(4):
         config = BlockSamplerConfig(max_new_tokens=22, block_size=4, temperature=2.0, seed=seed)
         whole = sampler.sample(_prompts(), config)
         ended = sampler.sample(_prompts(), dataclasses.replace(config, early_stop=True))
@@ -290,7 +325,7 @@ def test_block_size_follows_the_family(make_model) -> None:
 @pytest.mark.parametrize("name", BLOCK_PRESETS)
 def test_presets_are_settings(make_model, name: str) -> None:
     config = BlockSamplerConfig(**BLOCK_PRESETS[name])
-    assert config.threshold is not None and (config.editing_threshold is None) == (name == "fast_dllm_v2")
+    assert config.threshold is not None and (config.editing_threshold is None) == (config.sub_block_size == 8)
     assert _sampler(make_model("llada2_moe")).block_size(config) == 32
 
 

@@ -46,8 +46,16 @@ def _predictions(model, ids: torch.Tensor) -> tuple[list[float], list[int]]:
     return best.values.tolist(), best.indices.tolist()
 
 
-def _naive(model, prompt: list[int], config: BlockSamplerConfig) -> tuple[list[int], int, int]:
-    """(answer, denoising steps, forwards over finished blocks) of one prompt."""
+def _has_ended(answer: list[int], ends: tuple[int, ...]) -> bool:
+    """Whether one of `ends` stands in the answer with no mask before it."""
+    first = next((token for token in answer if token == MASK or token in ends), MASK)
+    return first != MASK
+
+
+def _naive(
+    model, prompt: list[int], config: BlockSamplerConfig, ends: tuple[int, ...] = ()
+) -> tuple[list[int], int, int]:
+    """(answer, denoising steps, forwards over finished blocks) of one prompt; it ends where one of `ends` does."""
     total = -((len(prompt) + NEW) // -SIZE) * SIZE
     ids = torch.tensor(prompt + [MASK] * (total - len(prompt)))
     num_steps = num_leads = 0
@@ -59,7 +67,7 @@ def _naive(model, prompt: list[int], config: BlockSamplerConfig) -> tuple[list[i
         masks_at_first = sum(int(ids[i]) == MASK for i in range(start, start + SIZE))
         for step in range(SIZE):
             masked = [i for i in range(start, start + SIZE) if ids[i] == MASK]
-            if not masked:
+            if not masked or _has_ended(ids[len(prompt) :].tolist(), ends):
                 break
             probabilities, tokens = _predictions(model, ids[: start + SIZE])
             masked = [i for i in masked if i // part == masked[0] // part]
@@ -71,6 +79,8 @@ def _naive(model, prompt: list[int], config: BlockSamplerConfig) -> tuple[list[i
             for i in chosen:
                 ids[i] = tokens[i - 1]
             num_steps += 1
+        if _has_ended(ids[len(prompt) :].tolist(), ends):
+            break
     return ids[len(prompt) : len(prompt) + NEW].tolist(), num_steps, num_leads
 
 
@@ -128,7 +138,31 @@ def test_cache_and_batch_change_nothing(make_model, name: str) -> None:
         assert batch.num_committed[row] == single.num_committed[0]
 
 
-def test_early_stop_ends_a_row_with_its_block(make_model) -> None:
+@pytest.mark.parametrize("name", ["plain", "sub_blocks"])
+def test_nfe_ends_with_the_answer(make_model, name: str) -> None:
+    sampler, prompts = _sampler(make_model("fast_dllm_v2").double()), _prompts()[:3]
+    config = BlockSamplerConfig(max_new_tokens=NEW, block_size=SIZE, **SETTINGS[name])
+    whole = sampler.sample(prompts, config).answers
+    assert whole is not None
+    # The second of a block, and one that a finished block's last logit gives.
+    sampler.end_token_ids = [int(whole[0, 4]), int(whole[2, 1])]
+    config = dataclasses.replace(config, early_stop=True)
+    batch = sampler.sample(prompts, config)
+    assert batch.answers is not None and batch.nfe is not None and batch.cache_forwards is not None
+    num_cut = 0
+    for row, prompt in enumerate(prompts):
+        ids, steps, leads = _naive(sampler.model, prompt, config, tuple(sampler.end_token_ids))
+        length = next((i + 1 for i, token in enumerate(ids) if token in sampler.end_token_ids), NEW)
+        num_cut += MASK in ids[length : length + -(len(prompt) + length) % SIZE]  # of the block of the end
+        assert batch.answers[row].tolist() == ids[:length] + [PAD] * (NEW - length)
+        before = len(prompt) - SIZE if len(prompt) % SIZE == 0 else len(prompt) // SIZE
+        assert (batch.nfe[row], batch.cache_forwards[row]) == (steps, leads + (before > 0))
+        single = sampler.sample([prompt], config)
+        assert single.nfe is not None and single.nfe[0] == steps
+    assert num_cut > 0
+
+
+def test_early_stop_cuts_an_answer_behind_its_end(make_model) -> None:
     sampler = _sampler(make_model("fast_dllm_v2").double())
     stopped = 0
     for seed in range(4):

@@ -311,6 +311,18 @@ class BaseSampler(ABC):
         ends = self.is_end(answers)
         return (ends.cumsum(dim=1) - ends.long()) > 0
 
+    def is_complete(self, ids: torch.Tensor, masked: torch.Tensor, first: torch.Tensor | int) -> torch.Tensor:
+        """Which answers have an end token with no mask before it, bool [B]: what stands behind it does not matter.
+
+        Args:
+            ids: int64 [B, L].
+            masked: bool [B, L], positions still to be filled in.
+            first: int64 [B], or one for all: the column in which each answer begins.
+        """
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        begins = first[:, None] if isinstance(first, torch.Tensor) else first
+        return (self.is_end(ids) & (columns >= begins) & (masked.cumsum(dim=1) == 0)).any(dim=1)
+
     def banned(self, config: BaseSamplerConfig) -> torch.Tensor:
         """Ids that are never proposed, int64, on the model's device."""
         return torch.tensor([self.mask_token_id, *config.suppress_tokens], device=self.lm.backbone.device)

@@ -45,8 +45,9 @@ class BlockSampler(BaseSampler):
     all others that are surer than that. With shifted logits the first token of a block is not part of this. With
     `editing_threshold` a step also replaces tokens of the block that an earlier one filled in, where another token is
     proposed with more confidence than that; after the last mask such steps go on until one edits nothing, at most
-    `max_post_steps`. An answer ends at the end of a block (early_stop looks there); its last block is decoded whole and
-    then cut to `max_new_tokens`. The host looks once per step which rows are done.
+    `max_post_steps`. The last block of an answer is decoded whole and then cut to `max_new_tokens`. With early_stop a
+    row is done as soon as an end token stands in its answer with no mask before it; with editing, as soon as the block
+    that holds it is. The host looks once per step which rows are done.
     """
 
     config_class = BlockSamplerConfig
@@ -324,20 +325,23 @@ class BlockSampler(BaseSampler):
         is_done = rows.active & ~masked.any(dim=1)
         if settings.editing_threshold is not None:
             is_done = is_done & (~changed | (rows.post_steps >= settings.max_post_steps))
-        self._advance(rows, settings, is_done, changed | plan.leads)
+        if settings.early_stop:
+            # As long as edits may follow in the block, its end token may still give way.
+            may_end = rows.active if settings.editing_threshold is None else is_done
+            ended = may_end & self.is_complete(rows.ids, rows.is_masked, rows.prompt_length)
+            rows.is_masked &= ~ended[:, None]
+            is_done = is_done | ended
+        self._advance(rows, is_done, changed | plan.leads)
 
-    def _advance(self, rows: Rows, settings: BlockSamplerConfig, goes_on: torch.Tensor, changed: torch.Tensor) -> None:
-        """Rows `goes_on` [B] leave their block: for the next one, or for good.
+    def _advance(self, rows: Rows, goes_on: torch.Tensor, changed: torch.Tensor) -> None:
+        """Rows `goes_on` [B] leave their block: for the next one, or, without any mask left, for good.
 
         Args:
             rows: all of them.
-            settings: what ends an answer.
             goes_on: which ones.
             changed: rows whose block got other tokens than its last forward saw, or saw no forward at all; bool [B].
         """
         rows.leave(goes_on)
-        if settings.early_stop:
-            rows.end_at(self.is_end(rows.ids))
         rows.retire(goes_on)
         if rows.is_cached:
             rows.is_stale = goes_on & rows.active & (changed | self.carries_state)

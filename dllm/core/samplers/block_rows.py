@@ -81,16 +81,6 @@ class Rows:
         """Which places of each row's block an earlier step filled in, bool [B, s]."""
         return ~self.masked & ~in_block(self.given, self.start, self.size)
 
-    def end_at(self, is_end: torch.Tensor) -> None:
-        """Rows with an end token among the answer's tokens of their finished blocks have no masks any more.
-
-        Args:
-            is_end: which tokens end an answer, bool [B, L].
-        """
-        columns = torch.arange(self.ids.shape[1], device=self.ids.device)
-        is_answer = (columns >= self.prompt_length[:, None]) & (columns < self.start[:, None])
-        self.is_masked &= ~(is_end & is_answer).any(dim=1, keepdim=True)
-
     def leave(self, goes_on: torch.Tensor) -> None:
         """Rows `goes_on` [B] enter their next block; without a cache, the next one that has masks."""
         behind = self.start + self.size

@@ -329,10 +329,9 @@ class MDLMSampler(BaseSampler):
         return output.logits
 
     def _end_rows(self, canvas: _Canvas) -> None:
-        """Rows with an end-of-text token before all their masks are done: nothing of them is masked any more."""
-        masked = canvas.is_masked[:, canvas.first_new :]
-        ends = self.is_end(canvas.ids[:, canvas.first_new :]) & (masked.cumsum(dim=1) == 0)
-        masked &= ~ends.any(dim=1, keepdim=True)
+        """Rows whose answers are complete are done: nothing of them is masked any more."""
+        assert canvas.first_new is not None
+        canvas.is_masked &= ~self.is_complete(canvas.ids, canvas.is_masked, canvas.first_new)[:, None]
 
 
 @dataclass
