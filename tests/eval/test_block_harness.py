@@ -14,6 +14,7 @@ from dllm.core.attention import block_causal_mask
 from dllm.core.eval import BlockEvalConfig, BlockEvalHarness
 from dllm.core.eval.config import parse_model_args
 from dllm.core.eval.likelihood import Item, Scorer, greedy_matches, item_blocks, item_states, log_likelihoods
+from dllm.core.noising import make_generator
 from dllm.core.samplers import BLOCK_PRESETS, BlockSampler, BlockSamplerConfig
 from dllm.models.auto import load_model, load_tokenizer
 from dllm.models.tiny import make_tiny_checkpoint
@@ -153,6 +154,33 @@ def test_greedy_decoding_is_what_the_sampler_does(scorer, family, batch_size) ->
             items.append(Item(context, tuple(wrong)))
             expected.append((False, step + 1))
     assert greedy_matches(model, items) == expected
+
+
+@torch.no_grad()
+def test_the_first_token_of_a_block_comes_first_though_others_are_surer(make_model) -> None:
+    model = make_model("fast_dllm_v2", initializer_range=0.5).double()
+    sampler = BlockSampler(model, _Tokenizer())  # pyright: ignore
+    config = BlockSamplerConfig(max_new_tokens=8, block_size=4)
+    contexts = [tuple(torch.randint(0, 37, (4,), generator=make_generator(seed)).tolist()) for seed in range(4)]
+    answers = sampler.sample(contexts, config).answers
+    assert answers is not None
+    items = [Item(context, tuple(answer)) for context, answer in zip(contexts, answers.tolist(), strict=True)]
+    num_surer = 0
+    for item in items:
+        ids = torch.tensor(item.context + item.target)
+        for start in (4, 8):
+            noised = ids[: start + 4].clone()
+            noised[start:] = MASK
+            logits = model(noised[None], attention_mask=block_causal_mask(start + 4, 4)).logits[0, start - 1 : -1]
+            logits[:, MASK] = -torch.inf
+            sure = logits.softmax(-1).amax(-1)  # of the tokens of the block
+            num_surer += bool(sure[0] < sure[1:].max())
+    assert num_surer > 0  # else the order would not matter
+    scorer = Scorer(model, MASK, PAD, batch_size=3, block_size=4)
+    assert greedy_matches(scorer, items) == [(True, 8)] * len(items)
+    # Wrong in the first token: the very first step says so.
+    wrong = [Item(item.context, ((item.target[0] + 1) % 37, *item.target[1:])) for item in items]
+    assert greedy_matches(scorer, wrong) == [(False, 1)] * len(items)
 
 
 # The harness.
