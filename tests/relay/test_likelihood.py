@@ -23,11 +23,11 @@ def _logits(model, channel, ids: torch.Tensor, block_size: int | None, begin: in
     mask = None if block_size is None else block_causal_mask(length, block_size)
     own, begins = torch.zeros(1, length, dtype=torch.bool), torch.zeros(1, length, dtype=torch.bool)
     own[:, begin:], begins[:, begin] = True, True
-    hidden, is_set = torch.zeros(1, length, channel.size, dtype=torch.float64), torch.tensor([False])
+    hidden, is_set = torch.zeros(1, length, channel.size, dtype=torch.float64), channel.first(1, length).is_set
     for _ in range(num_passes):
         with channel.passing(RelayState(hidden, is_set, begins if block_size else None, own)):
             logits = model(ids, attention_mask=mask).logits[0]
-        hidden, is_set = channel.taken, torch.tensor([True])
+        hidden, is_set = channel.taken, torch.ones_like(is_set)
     return logits
 
 
