@@ -14,11 +14,17 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dllm.coding.problems import Problem, Task, read_jsonl
+from dllm.coding.problems import Problem, Task
+from dllm.data.files import read_jsonl
 from dllm.utils.parsing import InputError
 
 OVERRIDES: dict[Task, str] = {"humaneval": "HUMANEVAL_OVERRIDE_PATH", "mbpp": "MBPP_OVERRIDE_PATH"}
 _PASSED = "pass"
+# All that evalplus, and so the programs that it runs, see of the environment: no tokens and no keys.
+_PASSED_ON = (
+    *("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "PYTHONPATH", "LD_LIBRARY_PATH", "XDG_CACHE_HOME"),
+    *("EVALPLUS_MAX_MEMORY_BYTES", "EVALPLUS_TIMEOUT_PER_TASK"),
+)
 
 
 def data_file(task: Task) -> str | None:
@@ -34,7 +40,9 @@ def check_installed() -> None:
     """
     if importlib.util.find_spec("evalplus") is None:
         names = " and ".join(OVERRIDES.values())
-        raise InputError(f"evalplus is not installed: pip install evalplus, or unset {names} and give --data FILE")
+        raise InputError(
+            f"evalplus is not installed: pip install evalplus==0.3.1, or unset {names} and give --data FILE"
+        )
 
 
 def load_plus_problems(task: Task, path: str) -> list[Problem]:
@@ -79,7 +87,7 @@ def evaluate(task: Task, programs: Mapping[str, str], path: str, num_workers: in
         words = ["--dataset", task, "--samples", samples, "--parallel", str(num_workers)]
         done = subprocess.run(
             [sys.executable, "-m", "evalplus.evaluate", *words],
-            env={**os.environ, OVERRIDES[task]: data},
+            env={**{name: os.environ[name] for name in _PASSED_ON if name in os.environ}, OVERRIDES[task]: data},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -1,12 +1,11 @@
 """The problems of HumanEval (arXiv 2107.03374) and MBPP (arXiv 2108.07732): data files, prompts, tests."""
 
-import gzip
-import json
 import pathlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dllm.data.files import read_jsonl
 from dllm.utils.parsing import InputError
 
 Task = Literal["humaneval", "mbpp"]
@@ -51,30 +50,6 @@ class Problem:
             )
         tests = f"\nThe code must pass these tests:\n\n```python\n{self.shown_tests}\n```" if self.shown_tests else ""
         return f"{self.text}{tests}\n\nAnswer with one block of Python code, without the tests."
-
-
-def read_jsonl(path: str | pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a JSON lines file, plain or with .gz.
-
-    Raises:
-        InputError: it cannot be read, or a line is no JSON object (named).
-    """
-    path = pathlib.Path(path)
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        lines = data.decode("utf-8").splitlines()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as JSON lines: {error}") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError as error:
-            raise InputError(f"{path}, line {number}: {error}; give the benchmark's own file") from None
-        if row is not None and not isinstance(row, dict):
-            raise InputError(f"{path}, line {number} is no JSON object: give the benchmark's own file")
-        rows += [] if row is None else [row]
-    return rows
 
 
 def _humaneval(row: Mapping[str, Any]) -> Problem:

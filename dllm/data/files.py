@@ -52,6 +52,31 @@ def _files_of(path: pathlib.Path) -> dict[str, list[pathlib.Path]]:
     return splits
 
 
+def read_jsonl(path: str | pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a JSON lines file, plain or with .gz, as they stand: no column is typed or filled in.
+
+    Raises:
+        InputError: it cannot be read, or a line is no JSON object (named).
+    """
+    path = pathlib.Path(path)
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        # Not splitlines: JSON strings may hold other line ends of Unicode as they are.
+        lines = data.decode("utf-8-sig").split("\n")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as JSON lines: {error}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: {error}; correct that line or delete it") from None
+        if row is not None and not isinstance(row, dict):
+            raise InputError(f"{path}, line {number} is no JSON object: correct that line or delete it")
+        rows += [] if row is None else [row]
+    return rows
+
+
 def _broken_json_place(path: pathlib.Path) -> str | None:
     """Where the file stops being JSON or JSON lines; None if every line is fine."""
     with _open(path) as file:
@@ -62,7 +87,7 @@ def _broken_json_place(path: pathlib.Path) -> str | None:
         except json.JSONDecodeError as error:
             return f"{path}, line {error.lineno}: {error.msg}"
         return None
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 json.loads(line)

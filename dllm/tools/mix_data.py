@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dllm.coding.problems import read_jsonl
 from dllm.data.datasets import load_raw_dataset
+from dllm.data.files import read_jsonl
 from dllm.data.mixture import MIXTURE_PRESETS, Mixer, MixtureSettings, parse_source
 from dllm.data.overlap import LeakFilter
 from dllm.models.auto import load_tokenizer

@@ -6,8 +6,9 @@ import json
 import pytest
 
 from dllm.coding.extract import build_program, clean, find_code
-from dllm.coding.problems import Problem, load_problems, read_jsonl
+from dllm.coding.problems import Problem, load_problems
 from dllm.coding.sandbox import check_sandbox, run_programs
+from dllm.data.files import read_jsonl
 from dllm.utils import InputError
 
 STUB = "import math\n\n\ndef helper(x):\n    return x + 1\n\n\ndef area(r):\n    '''Area of a disc.'''\n"
@@ -33,6 +34,14 @@ def test_problems_are_read_plain_and_compressed(tmp_path, disc) -> None:
     packed = tmp_path / "packed.jsonl.gz"
     packed.write_bytes(gzip.compress(json.dumps(HUMAN).encode()))
     assert load_problems("humaneval", packed) == [disc]
+
+
+def test_unusual_characters_of_a_data_file_stay(tmp_path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "a\u2028b\u0085c\x1cd"}, {"prompt": "e"}]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert read_jsonl(path) == rows
 
 
 def test_mbpp_is_its_test_split_unless_all_rows_are_asked_for(tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""python -m memdlm.eval.code: answers, verdicts, going on, what is refused."""
+"""python -m memdlm.eval.coding: answers, verdicts, going on, what is refused."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from dllm.models.auto import load_model, load_tokenizer
 from dllm.models.tiny import make_tiny_checkpoint
 from dllm.utils import InputError, one_line_errors, parse_args
 from memdlm.decoding import Decoder, LoadFlags, MemoryFlags, SamplerFlags, find_sampler, sampler_config
-from memdlm.eval.code import CodeOptions, evaluate, main
+from memdlm.eval.coding import CodeOptions, evaluate, main
 from memdlm.relay import RelayChannel, RelayConfig
 from memdlm.sample import prompt_ids
 
@@ -233,12 +233,13 @@ def test_data_must_be_named_once(run, data, tmp_path, monkeypatch, capsys) -> No
     monkeypatch.setattr(evalplus.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         run(data=None)
-    assert "evalplus is not installed: pip install evalplus, or unset" in capsys.readouterr().err
+    assert "evalplus is not installed: pip install evalplus==0.3.1, or unset" in capsys.readouterr().err
 
 
 # Writes what evalplus 0.3.1 writes, from what it is given: a program passes if it holds "2", and plus if also "x".
 STAND_IN = """
 import json, os, sys
+assert "SECRET_TOKEN" not in os.environ
 words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 names = [json.loads(line)["task_id"] for line in open(os.environ["HUMANEVAL_OVERRIDE_PATH"])]
 results = {}
@@ -259,6 +260,7 @@ def test_evalplus_judges_where_its_file_is_named(run, data, tmp_path, monkeypatc
     (package / "evaluate.py").write_text(STAND_IN)
     monkeypatch.syspath_prepend(str(package.parent))
     monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    monkeypatch.setenv("SECRET_TOKEN", "x")
     rows = [{**json.loads(line), "plus_input": []} for line in pathlib.Path(data).read_text().splitlines()]
     pathlib.Path(data).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     monkeypatch.setenv("HUMANEVAL_OVERRIDE_PATH", data)

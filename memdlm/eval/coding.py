@@ -1,6 +1,6 @@
 """Greedy pass@1 and forwards per problem on HumanEval and MBPP.
 
-    python -m memdlm.eval.code --model_name_or_path runs/tiny --task humaneval --data HumanEval.jsonl.gz \
+    python -m memdlm.eval.coding --model_name_or_path runs/tiny --task humaneval --data HumanEval.jsonl.gz \
         --max_new_tokens 256 --output runs/code/humaneval.json --allow_code_execution True
 
 Generated programs are not run unless --allow_code_execution True says so: then in the sandbox that
