@@ -7,6 +7,8 @@ hidden, n_h heads, n_kv key heads, d head width, V vocabulary.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig
@@ -15,6 +17,19 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dllm.models.backbone import Backbone, DiffusionLM, Mask
 from dllm.models.layers import AttentionMixin, RMSNorm, RotaryEmbedding, SwiGLU, pick, plain_rope_theta
 from dllm.models.moe import RouterRecorder
+
+_UNSUPPORTED = "unsupported Fast-dLLM v2 configuration"
+# Fields of the configuration that are whole numbers of at least 1.
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "bd_size",
+)
 
 
 class Fast_dLLM_QwenConfig(PreTrainedConfig):
@@ -56,21 +71,25 @@ class Fast_dLLM_QwenConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs) -> None:
-        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        self._check_numbers(*_SIZES)  # divided by below
         if self.head_dim is None:
-            self.head_dim = self.hidden_size // max(1, self.num_attention_heads)
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        self._check_numbers("head_dim")
         theta = plain_rope_theta(kwargs)
         self.rope_theta = self.rope_theta if theta is None else theta
         super().__post_init__(**kwargs)
         self._check()
 
+    def _check_numbers(self, *names: str) -> None:
+        for name in names:
+            value = self.__dict__[name]
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{_UNSUPPORTED}: {name}={value!r} must be a whole number of at least 1")
+
     def _check(self) -> None:
-        unsupported = "unsupported Fast-dLLM v2 configuration"
-        # Divided by below.
-        for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "key_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{unsupported}: {name}={getattr(self, name)} must be positive")
-        heads, pad = self.num_attention_heads, self.pad_token_id
+        heads, theta = self.num_attention_heads, self.rope_theta
         found = []
         if self.hidden_act != "silu":
             found.append(f"hidden_act={self.hidden_act!r} (only 'silu')")
@@ -86,24 +105,30 @@ class Fast_dLLM_QwenConfig(PreTrainedConfig):
             found.append(f"head_dim={self.head_width} must be even")
         if not 0 <= self.attention_dropout < 1:
             found.append(f"attention_dropout={self.attention_dropout} must lie in [0, 1)")
-        if self.rope_theta <= 0:
-            found.append(f"rope_theta={self.rope_theta} must be positive")
-        if self.bd_size < 1:
-            found.append(f"bd_size={self.bd_size} must be at least 1")
-        if pad is not None and not 0 <= pad < self.vocab_size:
-            found.append(f"pad_token_id={pad} lies outside the vocabulary of {self.vocab_size}")
+        if type(theta) not in (int, float) or not 0 < theta < math.inf:
+            found.append(f"rope_theta={theta!r} must be a positive number")
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id"):
+            given = self.__dict__[name]
+            outside = [i for i in (given if isinstance(given, list) else [given]) if not self._knows(i)]
+            if outside:
+                found.append(f"{name}={outside[0]!r} lies outside the vocabulary of {self.vocab_size}")
         if found:
-            raise ValueError(f"{unsupported}: {'; '.join(found)}")
+            raise ValueError(f"{_UNSUPPORTED}: {'; '.join(found)}")
+
+    def _knows(self, token: int | None) -> bool:
+        return token is None or (type(token) is int and 0 <= token < self.vocab_size)
 
     @property
     def key_heads(self) -> int:
         """Number of key heads."""
-        return self.num_key_value_heads or self.num_attention_heads
+        assert self.num_key_value_heads is not None
+        return self.num_key_value_heads
 
     @property
     def head_width(self) -> int:
         """Width of a head."""
-        return self.head_dim or self.hidden_size // self.num_attention_heads
+        assert self.head_dim is not None
+        return self.head_dim
 
 
 class Fast_dLLM_QwenAttention(nn.Module, AttentionMixin):

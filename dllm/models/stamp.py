@@ -8,7 +8,7 @@ from typing import Any
 from dllm.models.checkpoint import find_file
 
 # What a checkpoint or an adapter consists of.
-_FILES = ("*.safetensors", "*config.json", "tokenizer*.json")
+_FILES = ("*.safetensors", "*config.json", "tokenizer*.json", "*.jinja")  # the last are chat templates
 
 
 def checkpoint_stamp(name_or_path: str) -> Any:

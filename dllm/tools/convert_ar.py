@@ -9,10 +9,12 @@ folder appears under its name only when complete.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -51,34 +53,40 @@ def convert(args: ConvertArguments) -> pathlib.Path:
     """Converts, saves, and returns the folder.
 
     Raises:
-        InputError: the folder is taken; no Qwen2 checkpoint, one with settings that the family does not have, with
-            missing weights, or without a tokenizer.
+        InputError: the folder is taken or cannot be made; no Qwen2 checkpoint, one with settings that the family does
+            not have, with missing weights, or without a tokenizer.
     """
-    folder = pathlib.Path(args.output)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise InputError(f"--output {folder} holds something already: delete it, or give a new folder")
     source = resolve_with_base_env(args.model_name_or_path, "BASE_MODELS_DIR")
     qwen = _read_qwen_config(source)
+    config = _make_config(source, qwen, args.block_size)
+    with _new_folder(pathlib.Path(args.output)) as folder:
+        model, tokenizer = _convert(source, qwen, config, args.dtype)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    size = model.config.vocab_size
+    logger.info(
+        f"{args.output}: blocks of {args.block_size}, mask token {model.config.mask_token_id}, {size:,} embeddings "
+        f"({size - qwen.vocab_size} new)"
+    )
+    return pathlib.Path(args.output)
+
+
+def _convert(
+    source: str, qwen: Qwen2Config, config: Fast_dLLM_QwenConfig, dtype: str
+) -> tuple[Fast_dLLM_QwenForCausalLM, PreTrainedTokenizerBase]:
     shapes = read_shapes(weight_files(source))
     check_weights(source, shapes, Qwen2ForCausalLM, qwen)
     tokenizer = _make_tokenizer(source)
-    config = _make_config(source, qwen, args.block_size)
     model: Any = Fast_dLLM_QwenForCausalLM.from_pretrained(
         source,
         config=config,
         use_safetensors=True,
-        dtype=stored_dtype(shapes) if args.dtype == "auto" else DTYPES[args.dtype],
+        dtype=stored_dtype(shapes) if dtype == "auto" else DTYPES[dtype],
     )
     _enlarge(model, max(tokenizer.get_vocab().values()) + 1)
     for kind in ("mask", "eos", "pad"):
         setattr(model.config, f"{kind}_token_id", token_id(tokenizer, f"{kind}_token"))
-    _save(folder, model, tokenizer)
-    size = model.config.vocab_size
-    logger.info(
-        f"{folder}: blocks of {args.block_size}, mask token {model.config.mask_token_id}, {size:,} embeddings "
-        f"({size - qwen.vocab_size} new)"
-    )
-    return folder
+    return model, tokenizer
 
 
 def _read_qwen_config(source: str) -> Qwen2Config:
@@ -86,14 +94,16 @@ def _read_qwen_config(source: str) -> Qwen2Config:
     if path is None:
         raise InputError(f"{source} has no config.json: give the folder or Hub name of a Qwen2 checkpoint")
     try:
-        raw = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        raw = json.loads(path.read_bytes())
+    except ValueError as error:  # no JSON, or no UTF-8
         raise InputError(f"config.json of {source} is damaged ({error}): fetch or copy it again") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"config.json of {source} holds no settings but a {type(raw).__name__}: copy it again")
     model_type, architectures = raw.get("model_type"), raw.get("architectures") or ["Qwen2ForCausalLM"]
     if model_type != "qwen2" or architectures != ["Qwen2ForCausalLM"]:
         raise InputError(
             f"{source} is no plain Qwen2 language model (model_type {model_type!r}, architectures "
-            f"{', '.join(architectures)}): only those can be converted"
+            f"{architectures!r}): only those can be converted"
         )
     if raw.get("quantization_config") is not None:
         raise InputError(f"{source} is quantised already: give the original checkpoint")
@@ -143,13 +153,23 @@ def _enlarge(model: Fast_dLLM_QwenForCausalLM, num_rows: int) -> None:
         weight[size:] = weight[:size].double().mean(dim=0).to(weight.dtype)
 
 
-def _save(folder: pathlib.Path, model: Fast_dLLM_QwenForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside and renamed, so that an interrupted run leaves no half checkpoint behind.
-    partial = pathlib.Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+@contextlib.contextmanager
+def _new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to be filled inside the block, which is named `folder` if the block ends without an error: written
+    beside and renamed, so that an interrupted run leaves no half checkpoint behind.
+
+    Raises:
+        InputError: there is something already; it cannot be made.
+    """
     try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            raise InputError(f"--output {folder} holds something already: delete it, or give a new folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = pathlib.Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+    except OSError as error:
+        raise InputError(f"--output {folder} cannot be made ({one_line(error)}): give another folder") from error
+    try:
+        yield partial
         partial.chmod(0o755)  # mkdtemp's folders are private
         partial.rename(folder)
     finally:

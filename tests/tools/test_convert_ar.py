@@ -139,6 +139,17 @@ def test_only_plain_qwen2_is_converted(qwen, tmp_path) -> None:
         ({"hidden_size": 48}, "has another shape"),
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"quantization_config": {"bits": 4}}, "quantised already"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0"),
+        ({"hidden_size": 0}, "hidden_size=0"),
+        ({"rope_parameters": None, "rope_theta": "x"}, "rope_theta='x'"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "rope_theta='x'"),
+        ({"rope_parameters": [1]}, "rope_parameters"),
+        ({"pad_token_id": 10**6}, "pad_token_id=1000000 lies outside the vocabulary"),
+        ({"eos_token_id": [3, -1]}, "eos_token_id=-1"),
+        ({"vocab_size": 0}, "vocab_size=0"),
+        ({"architectures": "Qwen2ForCausalLM"}, "architectures 'Qwen2ForCausalLM'"),
+        ({"architectures": [7]}, "architectures [7]"),
     ],
 )
 def test_settings_that_the_family_does_not_have(qwen, tmp_path, values: dict, message: str) -> None:
@@ -155,6 +166,24 @@ def test_incomplete_checkpoints(qwen, tmp_path) -> None:
     assert "safetensors" in error_of(lambda: run(qwen, tmp_path / "out"))
     assert "config.json" in error_of(lambda: run(tmp_path, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [(b"[1, 2]", "holds no settings but a list"), (b'{"model_type": "\xff\xfe"}', "is damaged"), (b"7", "but a int")],
+)
+def test_a_config_that_is_none(qwen, tmp_path, content: bytes, message: str) -> None:
+    (qwen / "config.json").write_bytes(content)
+    assert message in error_of(lambda: run(qwen, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_weights_are_read(qwen, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("dllm.tools.convert_ar.read_shapes", lambda files: pytest.fail("weights were read"))
+    (tmp_path / "file").write_text("mine")
+    for output in (tmp_path / "file" / "out", tmp_path / "file" / "deep" / "out", tmp_path / ("x" * 300) / "out"):
+        assert "cannot be made" in error_of(lambda output=output: run(qwen, output))
+    assert "holds something already" in error_of(lambda: run(qwen, tmp_path / "file"))
 
 
 def test_a_used_folder_is_left_alone(qwen, tmp_path) -> None:
