@@ -7,12 +7,12 @@ from dataclasses import dataclass, make_dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.utils import DistributedType
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import IntervalStrategy
 
 from dllm.core.trainers.bd3lm import BD3LMConfig, BD3LMTrainer
-from dllm.core.trainers.mdlm import MDLMConfig, MDLMTrainer
+from dllm.core.trainers.mdlm import MDLMConfig, MDLMTrainer, refuse_torch_compile
 from dllm.core.trainers.meters import DeviceTimer, MeanMetric
 from dllm.data.collators import Batch, NoisingCollator
 from dllm.utils.logging import get_default_logger
@@ -111,12 +111,7 @@ class MemDLMTrainer(MDLMTrainer):
             logger.warning(message)
 
     def _refuse_engines(self) -> None:
-        plugin = self.accelerator.state.dynamo_plugin
-        if self.args.torch_compile or (plugin is not None and plugin.backend != DynamoBackend.NO):
-            raise InputError(
-                "memory and torch.compile cannot be combined (compiled code ignores hooks): drop --torch_compile, and "
-                "dynamo_backend from the launcher's settings"
-            )
+        refuse_torch_compile(self, "memory")
         sharded = self.is_fsdp_enabled or (
             self.accelerator.distributed_type == DistributedType.DEEPSPEED and is_deepspeed_zero3_enabled()
         )

@@ -59,29 +59,32 @@ class PaddingCollator:
 class BlockPaddingCollator:
     """Pads rows on the right for block diffusion: {"input_ids", "labels"}, int64 [B, L], no attention mask.
 
-    Each row is filled up with end-of-text to the end of its last block, and that is trained on if the row's last token
-    is: the model learns to end a block. What a shorter row then still lacks is padding that is never masked or trained
-    on; it stands in blocks of its own, which no block before it sees. So a row's loss does not depend on the rows
-    beside it.
+    Each row is filled up with end-of-text to the end of its last block. With `train_on_fill` that is masked and trained
+    on if the row's last token is: the model learns to end a block. What a shorter row then still lacks is padding that
+    is never masked or trained on; it stands in blocks of its own, which no block before it sees. So a row's loss does
+    not depend on the rows beside it.
 
     Args:
         pad_token_id: id put behind the end of a row.
         block_size: positions of a block, at least 1.
+        train_on_fill: see above. False: it is in sight like a prompt, so the rest of the block tells where it ends.
     """
 
-    def __init__(self, pad_token_id: int, block_size: int) -> None:
-        self.pad_token_id, self.block_size = pad_token_id, block_size
+    def __init__(self, pad_token_id: int, block_size: int, train_on_fill: bool = True) -> None:
+        self.pad_token_id, self.block_size, self.train_on_fill = pad_token_id, block_size, train_on_fill
 
     def __call__(self, rows: Sequence[Batch]) -> Batch:
         ids = [self._fill(row["input_ids"], self.pad_token_id) for row in rows]
-        trained = [len(row["labels"]) > 0 and row["labels"][-1] != IGNORE_INDEX for row in rows]
-        fills = [self.pad_token_id if is_trained else IGNORE_INDEX for is_trained in trained]
+        fills = [self.pad_token_id if self._trains_on(row["labels"]) else IGNORE_INDEX for row in rows]
         labels = [self._fill(row["labels"], fill) for row, fill in zip(rows, fills, strict=True)]
         pad = torch.nn.utils.rnn.pad_sequence
         return {
             "input_ids": pad(ids, batch_first=True, padding_value=self.pad_token_id),
             "labels": pad(labels, batch_first=True, padding_value=IGNORE_INDEX),
         }
+
+    def _trains_on(self, labels: Sequence[int]) -> bool:
+        return self.train_on_fill and len(labels) > 0 and labels[-1] != IGNORE_INDEX
 
     def _fill(self, values: Sequence[int], fill: int) -> torch.Tensor:
         own = torch.as_tensor(values, dtype=torch.int64)
@@ -102,6 +105,7 @@ class NoisingCollator:
         loss_positions   int64 [N]     flat indices of the masked positions into [B * L]
         loss_t           float32 [N]   diffusion time of each
         num_maskable     int64 [B]
+        num_tokens       int64 [B]     tokens of each row before padding
         example_id       int64 [B]
         attention_mask   int64 [B, L]  only if `pad` makes one
         edit             dict          only with `editing`: what it returns
@@ -209,6 +213,7 @@ class NoisingCollator:
             "loss_positions": positions,
             "loss_t": times.reshape(-1)[positions],
             "num_maskable": maskable.sum(dim=1),
+            "num_tokens": torch.tensor([len(row["input_ids"]) for row in rows]),
             "example_id": example_id,
         }
         if "attention_mask" in padded:

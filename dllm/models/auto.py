@@ -73,7 +73,8 @@ def load_model(
             `accelerate launch` was told to use the CPU; others on the CPU.
         trust_remote_code: run the tokenizer's own code, where the mask token is looked up in it. Code of models
             never runs.
-        prepare: called with the base before LoRA or an adapter is put on it; None: nothing is done.
+        prepare: called with the model before LoRA is put on it, and not where an adapter is loaded, which brings what
+            it was made with; None: nothing is done.
 
     Raises:
         InputError: see the top of this file.
@@ -100,7 +101,7 @@ def load_model(
         finish_4bit(model)
     if dropout is not None:
         set_dropout(model, dropout)
-    if prepare is not None:
+    if prepare is not None and adapter is None:
         prepare(model)
     if lora is not None:
         return add_lora(model, lora, seed).eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft import (
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from dllm.models.backbone import unwrap
 from dllm.models.checkpoint import find_file, some_of
-from dllm.models.relay_norm import RELAY_FILE, RELAY_NORM, load_relay_keys
+from dllm.models.relay_norm import RELAY_FILE, RELAY_NORM, load_relay_keys, relay_keys
 from dllm.models.spec import spec_of
 from dllm.utils.parsing import InputError
 
@@ -144,15 +144,23 @@ def _add_relay_norm(model: PreTrainedModel, adapter: str, config: PeftConfig) ->
     """Gives the base the relay norm that the adapter brings, if it brings one.
 
     Raises:
-        InputError: the adapter has one and no file that says how it is used.
+        InputError: the adapter has one and no file that says how it is used, or the base uses its own in another way.
     """
-    brought = config.to_dict().get("modules_to_save") or []
-    if RELAY_NORM not in brought or has_relay_norm(model):
+    if RELAY_NORM not in (config.to_dict().get("modules_to_save") or []):
         return
     path = find_file(adapter, RELAY_FILE)
     if path is None:
-        raise InputError(f"the adapter {adapter} brings {RELAY_NORM} and no {RELAY_FILE}: fetch or copy it again")
-    unwrap(model).backbone.add_relay_norm(load_relay_keys(path))
+        raise InputError(
+            f"the adapter {adapter} brings {RELAY_NORM} and no {RELAY_FILE}: fetch or copy it again, or write it with "
+            "dllm.models.relay_norm.save_relay_keys"
+        )
+    keys, own = load_relay_keys(path), relay_keys(model.config)
+    if own is None:
+        unwrap(model).backbone.add_relay_norm(keys)
+    elif own != replace(keys, gate=own.gate):
+        raise InputError(
+            f"{path} and config.json of {model.name_or_path} describe different relays: give the right base"
+        )
 
 
 def read_adapter_config(adapter_name_or_path: str) -> PeftConfig:

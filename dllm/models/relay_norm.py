@@ -56,6 +56,8 @@ class RelayKeys:
     gate: Gate = "default"  # how a new norm begins: weight 0 (nothing is added), or weight 1
 
     def __post_init__(self) -> None:
+        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < -1:
+            raise ValueError(f"{PREFIX}layer is {self.layer!r}: give -1 or the number of a layer")
         for name, allowed in (
             ("positions", get_args(Positions)),
             ("first_state", get_args(FirstState)),
@@ -77,7 +79,10 @@ def relay_keys(config: PreTrainedConfig | Mapping[str, Any]) -> RelayKeys | None
         ValueError: see `RelayKeys`.
     """
     raw = config.to_dict() if isinstance(config, PreTrainedConfig) else config
-    if not raw.get("use_relay", False):
+    uses = raw.get("use_relay", False)
+    if not isinstance(uses, bool):
+        raise ValueError(f"use_relay is {uses!r}: give true or false")
+    if not uses:
         return None
     return RelayKeys(**{name: raw[PREFIX + name] for name in asdict(RelayKeys()) if PREFIX + name in raw})
 
@@ -105,8 +110,9 @@ def load_relay_keys(path: str | os.PathLike[str]) -> RelayKeys:
 
 
 def with_present_names(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The contents of a config.json with former keys under their present names."""
-    return {FORMER_KEYS.get(key, key): value for key, value in raw.items()}
+    """The contents of a config.json with former keys under their present names, which win where a file has both."""
+    former = {FORMER_KEYS[key]: value for key, value in raw.items() if key in FORMER_KEYS}
+    return {**former, **{key: value for key, value in raw.items() if key not in FORMER_KEYS}}
 
 
 def warn_idle_relay(model: PreTrainedModel, what_follows: str) -> None:

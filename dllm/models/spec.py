@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from dllm.models.relay_norm import with_present_names
+from dllm.models.relay_norm import relay_keys, with_present_names
 
 DEFAULT_BLOCK_SIZE = 32  # for families that name none
 
@@ -191,6 +191,7 @@ def load_config(
     """
     raw, _ = PreTrainedConfig.get_config_dict(model_name_or_path, **hub_options)
     raw = with_present_names(raw)
+    relay_keys(raw)  # checks them
     try:
         spec = find_spec(raw)
     except ValueError:

@@ -24,11 +24,11 @@ class Rollout:
     input_ids: torch.Tensor  # [B, L] int64, true tokens
     maskable: torch.Tensor  # [B, L] bool, what decoding would have to fill in
     is_masked: torch.Tensor  # [B, L] bool, what is not revealed yet
-    length: torch.Tensor  # [B] int64, tokens of each row as the collator padded it
+    length: torch.Tensor  # [B] int64, columns of each row as the collator padded it
+    num_tokens: torch.Tensor  # [B] int64, tokens of each row before that
     example_id: torch.Tensor  # [B] int64
     hidden: torch.Tensor  # [B, L, D] float32, state of the last forward, detached; zeros for a fresh row
     is_set: torch.Tensor  # [B] bool, whether there was a forward
-    age: torch.Tensor  # [B] int64, forwards the row has taken
     attention_mask: torch.Tensor | None = None  # [B, L] int64, only if the collator makes one
 
 
@@ -54,6 +54,7 @@ class RolloutBuffer:
         self.device = torch.device(device)
         self.rows: Rollout | None = None
         self.num_refilled = 0  # rows that have come in
+        self.num_calls = 0  # of `refill`, that is training steps
 
     def refill(self, take: Callable[[int], Sequence[Batch]]) -> None:
         """Rows that are done give their places to fresh ones: all maskable positions masked, the state zero.
@@ -62,7 +63,7 @@ class RolloutBuffer:
 
         Args:
             take: number -> so many rows, or fewer where there are no more: {"input_ids" [l], "maskable" [l],
-                "example_id"[, "attention_mask" [l]]} each.
+                "example_id", "num_tokens"[, "attention_mask" [l]]} each.
 
         Raises:
             InputError: no rows at all.
@@ -70,6 +71,7 @@ class RolloutBuffer:
         kept = [] if self.rows is None else torch.nonzero(self.rows.is_masked.any(dim=1))[:, 0].tolist()
         fresh = [self._fresh(row) for row in take(self.capacity - len(kept))]
         self.num_refilled += len(fresh)
+        self.num_calls += 1
         if not kept and not fresh:
             raise InputError("there is no row to train on: give a data set with rows")
         parts = ([] if self.rows is None or not kept else [_select(self.rows, kept)]) + fresh
@@ -85,10 +87,10 @@ class RolloutBuffer:
             maskable=maskable,
             is_masked=maskable.clone(),
             length=torch.tensor([ids.shape[1]], device=self.device),
+            num_tokens=torch.as_tensor(row["num_tokens"], device=self.device).reshape(1),
             example_id=torch.as_tensor(row["example_id"], device=self.device).reshape(1),
             hidden=torch.zeros(1, ids.shape[1], self.size, device=self.device),
             is_set=torch.zeros(1, dtype=torch.bool, device=self.device),
-            age=torch.zeros(1, dtype=torch.int64, device=self.device),
             attention_mask=None if mask is None else mask.to(self.device)[None],
         )
 
@@ -110,24 +112,24 @@ class RolloutBuffer:
         assert self.rows is not None
         return apply_mask(self.rows.input_ids, self.rows.is_masked, self.mask_token_id)
 
-    def store(self, is_masked: torch.Tensor, hidden: torch.Tensor | None, num_forwards: int) -> None:
+    def store(self, is_masked: torch.Tensor, hidden: torch.Tensor | None) -> None:
         """Notes where a training step has brought the rows.
 
         Args:
             is_masked: bool [B, L].
-            hidden: [B, L, D], state of the last forward; detached and kept in float32. None: nothing is carried.
-            num_forwards: that the step took.
+            hidden: [B, L, D], state of the last forward; detached and kept in float32. A row whose state is not finite
+                goes on without one. None: nothing is carried.
         """
         assert self.rows is not None
         self.rows.is_masked = is_masked
-        self.rows.age = self.rows.age + num_forwards
         if hidden is not None:
-            self.rows.hidden = hidden.detach().float()
-            self.rows.is_set = torch.ones_like(self.rows.is_set)
+            state = hidden.detach().float()
+            self.rows.is_set = state.isfinite().all(dim=2).all(dim=1)
+            self.rows.hidden = torch.where(self.rows.is_set[:, None, None], state, 0)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All rows, by field; empty before the first refill."""
-        counts = {"num_refilled": torch.tensor(self.num_refilled)}
+        counts = {"num_refilled": torch.tensor(self.num_refilled), "num_calls": torch.tensor(self.num_calls)}
         return counts | ({} if self.rows is None else _tensors(self.rows))
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
@@ -137,7 +139,7 @@ class RolloutBuffer:
             InputError: they are more than the buffer holds, or their states of another width.
         """
         values = {name: value.to(self.device) for name, value in state.items()}
-        self.num_refilled = int(values.pop("num_refilled"))
+        self.num_refilled, self.num_calls = int(values.pop("num_refilled")), int(values.pop("num_calls"))
         rows = Rollout(**values) if values else None
         if rows is not None and (len(rows.length) > self.capacity or rows.hidden.shape[-1] != self.size):
             raise InputError(

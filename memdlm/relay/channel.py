@@ -27,7 +27,7 @@ class RelayState:
     """What one forward leaves to the next.
 
     hidden: [B, W, D], of the first W columns of the next input; zeros where there was no forward yet.
-    is_set: bool [B], whether there was one.
+    is_set: bool [B], whether there was one; or [B, W], where there was.
     begins: bool [B or 1, W], first positions of blocks (used with a logit shift); None: every block_size-th.
     allowed: bool [B, W], where the state may be added at all; None: everywhere.
     """
@@ -106,11 +106,14 @@ class RelayChannel:
             backbone.add_relay_norm(wanted)
             return cls(model, **options)
         default = RelayConfig().keys(len(backbone.layers))
-        for name in ("layer", "positions", "first_state", "shift_within"):
-            asked, known = getattr(wanted, name), getattr(own, name)
-            if asked not in (known, getattr(default, name)):
+        named = config.asked | ({"layer"} if "read" in config.asked else set())
+        for name in ("layer", "positions", "first_state", "shift_within", "gate"):
+            value, known = getattr(wanted, name), getattr(own, name)
+            # The gate is how a new norm begins, so that of a preset does not matter here.
+            meant = name in named or (name != "gate" and value != getattr(default, name))
+            if value != known and meant:
                 raise InputError(
-                    f"relay_{name}={asked} contradicts the checkpoint, which was trained with {known}: drop it"
+                    f"relay_{name}={value} contradicts the checkpoint, which was trained with {known}: drop it"
                 )
         return cls(model, **options)
 
@@ -135,7 +138,7 @@ class RelayChannel:
         is added behind it. It may have several times as many rows, one group below the other: each group gets it.
 
         Raises:
-            InputError: a state of another width than the model.
+            InputError: a state of another width than the model; a forward on fewer rows or columns than the state has.
         """
         if state.hidden.shape[-1] != self.size:
             raise InputError(
@@ -164,6 +167,7 @@ class RelayChannel:
     def add(self, input_ids: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
         """embedded + R(h), h shifted where logits are, at the positions that get it (see `dllm.core.carry.Carry`)."""
         state = self.first(*input_ids.shape) if self._state is None else self._state
+        self._check_shape(input_ids, state)
         hidden = self._shifted(state).to(embedded.dtype)
         added = self._added_at(input_ids[:, : hidden.shape[1]], state)
         contribution = self.norm(hidden).to(embedded.dtype)
@@ -200,5 +204,14 @@ class RelayChannel:
         if state.allowed is not None:
             added = added & state.allowed.repeat(groups, 1)
         if self.keys.first_state == "none":
-            added = added & state.is_set.repeat(groups)[:, None]
+            is_set = state.is_set if state.is_set.dim() == 2 else state.is_set[:, None]
+            added = added & is_set.repeat(groups, 1)
         return added
+
+    def _check_shape(self, input_ids: torch.Tensor, state: RelayState) -> None:
+        rows, width = state.hidden.shape[:2]
+        if input_ids.shape[0] % rows or input_ids.shape[1] < width:
+            raise InputError(
+                f"the relay's state is of {rows} rows with {width} columns, the input has {list(input_ids.shape)}: "
+                "carry states between forwards on the same rows"
+            )

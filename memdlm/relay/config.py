@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from dllm.models.relay_norm import FirstState, Gate, Positions, RelayKeys, ShiftWithin
 from dllm.utils.parsing import InputError
@@ -84,29 +84,37 @@ class RelayConfig:
     drop_rows: bool = _setting(
         False, "Drop the rows of a batch that find no free place, as published; False keeps them for the next call."
     )
+    # Names that `for_arm` was given; a checkpoint that says otherwise must not overrule them in silence.
+    asked: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
             allowed = get_args(hint) if "Literal" in str(hint) else ()
             if allowed and getattr(self, name) not in allowed:
                 raise InputError(f"{FLAG_PREFIX}{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        self._check_types()
         self._check_ranges()
         self._check_pairs()
 
+    def _check_types(self) -> None:
+        for name in ("carry", "drop_rows"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{FLAG_PREFIX}{name} must be True or False, got {getattr(self, name)!r}")
+        for name in ("threshold", "tau", "tau_jitter"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), (int, float)):
+                raise InputError(f"{FLAG_PREFIX}{name} must be a number, got {getattr(self, name)!r}")
+
     def _check_ranges(self) -> None:
         window = self.num_steps if self.bptt_window is None else self.bptt_window
+        inner = self.inner_block_size
         rules = (
             ("num_steps", _is_count(self.num_steps), "an integer of at least 1"),
             ("bptt_window", _is_count(window), "an integer of at least 1"),
-            (
-                "bptt_window",
-                not _is_count(self.num_steps) or window <= self.num_steps,
-                f"at most {FLAG_PREFIX}num_steps={self.num_steps}",
-            ),
-            ("layer", isinstance(self.layer, int) and self.layer >= -1, "-1 or the number of a layer"),
+            ("bptt_window", window <= self.num_steps, f"at most {FLAG_PREFIX}num_steps={self.num_steps}"),
+            ("layer", self.layer == -1 or _is_count(self.layer + 1), "-1 or the number of a layer"),
             ("threshold", 0 < self.threshold <= 1, "in (0, 1]"),
             ("block_size", self.block_size is None or _is_count(self.block_size), "an integer of at least 1"),
-            ("inner_block_size", _is_count(self.inner_block_size), "an integer of at least 1"),
+            ("inner_block_size", _is_count(inner), "an integer of at least 1"),
             ("tau", 0 < self.tau < math.inf, "above 0 and finite"),
             ("tau_jitter", 0 <= self.tau_jitter < math.inf, "at least 0 and finite"),
         )
@@ -168,12 +176,14 @@ class RelayConfig:
         Raises:
             InputError: an unknown arm, preset or setting; those of the class.
         """
-        values = {**_useful(preset_of(preset), arm_of(arm)), **arm_of(arm), **settings}
+        values = {**_useful(preset_of(preset), {**arm_of(arm), **settings}), **arm_of(arm), **settings}
         unknown = [name for name in values if name not in {f.name for f in dataclasses.fields(cls)}]
         if unknown:
             allowed = ", ".join(f.name for f in dataclasses.fields(cls))
             raise InputError(f"unknown relay setting {', '.join(unknown)}; allowed: {allowed}")
-        return cls(**values)
+        made = cls(**values)
+        made.__dict__["asked"] = frozenset(settings)
+        return made
 
     @classmethod
     def from_flags(cls, flags: Any) -> RelayConfig:
@@ -221,16 +231,20 @@ def _entry(table: dict[str, dict[str, Any]], kind: str, name: str) -> dict[str, 
     return table[name]
 
 
-def _useful(preset: dict[str, Any], arm: dict[str, Any]) -> dict[str, Any]:
-    """`preset` without what has no effect in an arm."""
-    idle = set(_CHANNEL) if arm.get("carry") is False else set()
-    if arm.get("states") == "uniform":
+def _useful(preset: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """`preset` without what could have no effect beside the settings of the arm and the user's own."""
+    idle = set(_CHANNEL) if others.get("carry") is False else set()
+    if others.get("states") == "uniform":
         idle |= {"reveal", "tau", "tau_jitter", "threshold"}
+    if others.get("reveal", "uncertainty") != "uncertainty":
+        idle |= {"tau", "tau_jitter"}
+    if others.get("layer", -1) != -1:
+        idle.add("read")
     return {name: value for name, value in preset.items() if name not in idle}
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def flag_fields() -> list[tuple[str, Any, Any]]:

@@ -61,8 +61,8 @@ class MemRelayTrainer(RelayTrainer, MemDLMTrainer):
         padding = torch.zeros_like(cpu["maskable"])
         config = self.memory_config
         if config.pad_unmask_mode != "none" or config.inner_target == "prompt":
-            padding = torch.arange(padding.shape[1]) >= rows.length.cpu()[:, None]
-        parts = (self.args.seed, "relay memory", self.state.global_step)
+            padding = torch.arange(padding.shape[1]) >= rows.num_tokens.cpu()[:, None]
+        parts = (self.args.seed, "relay memory", self.buffer.num_calls)
         examples = [int(example) for example in cpu["example_id"]]
         plan = make_plan(
             Rows(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dllm.core.losses import normalise, token_nll
+from dllm.core.losses import normalise, row_sums, token_nll
 from dllm.core.noising import apply_mask, flat_positions, make_generator
 from dllm.core.reveal import choose_above, choose_in_blocks, choose_within, propose
 from dllm.models.backbone import DiffusionLMOutput
@@ -110,6 +110,8 @@ class Unrolled:
     losses: list[torch.Tensor]  # L_s: mean over the masked tokens of the micro-batch; 0 where there are none
     mask_ratios: list[torch.Tensor]  # share of the maskable positions that forward s saw masked
     num_revealed: list[torch.Tensor]  # tokens that forward s revealed, in all rows
+    row_nll: list[torch.Tensor]  # [B], sum over each row's masked tokens of -log p_s
+    row_counts: list[torch.Tensor]  # [B], how many those are
     aux_losses: list[torch.Tensor]  # router losses of the forwards, unweighted; empty without
     is_masked: torch.Tensor  # bool [B, L], what is masked after them
     hidden: torch.Tensor | None  # [B, L, D] of the last forward; None: nothing is carried
@@ -182,7 +184,7 @@ def unroll(
         config: K, W.
         rule: what is revealed.
         channel: carries the state; None: nothing is carried.
-        state: what the channel gives to forward 1; needed with a channel.
+        state: what the channel gives to forward 1; None: what a first forward gets.
         seed_parts: of the rule's draws.
         watch_gradient: fill in `gradients` during backward.
     """
@@ -190,6 +192,9 @@ def unroll(
     ones = torch.ones(rows, device=input_ids.device)
     num_maskable = maskable.sum().clamp(min=1)
     losses, ratios, revealed, auxiliary = [], [], [], []
+    row_nll, row_counts = [], []
+    if channel is not None and state is None:
+        state = channel.first(rows, length)
     gradients, hidden = GradientShare(), None
     for step in range(config.num_steps):
         positions = flat_positions(is_masked)
@@ -208,9 +213,12 @@ def unroll(
             if watch_gradient and (step + 1) % config.window:
                 passed = gradients.watch(channel.taken, length)
             state = RelayState(passed, torch.ones_like(state.is_set))
+            channel.taken = None  # not kept alive until the next call
         assert output.logits is not None
         nll = token_nll(output.logits, input_ids.reshape(-1)[positions])
         counts = is_masked.sum(dim=1)
+        row_nll.append(row_sums(nll.detach(), positions, length, ones.to(nll.dtype)))
+        row_counts.append(counts)
         losses.append(normalise(nll, positions, length, ones.to(nll.dtype), counts, "token"))
         if output.aux_loss is not None:
             auxiliary.append(output.aux_loss)
@@ -226,6 +234,8 @@ def unroll(
         losses=[loss.detach() for loss in losses],
         mask_ratios=ratios,
         num_revealed=revealed,
+        row_nll=row_nll,
+        row_counts=row_counts,
         aux_losses=auxiliary,
         is_masked=is_masked,
         hidden=hidden,

@@ -61,7 +61,7 @@ class RelaySampler(BaseSampler):
             states.enter(visit.start)
         state = RelayState(
             hidden=states.read(visit.columns),
-            is_set=states.is_set,
+            is_set=states.is_set.gather(1, visit.columns),
             begins=visit.columns == visit.start[:, None] if self.begins_anew_in_blocks else None,
             allowed=own,
         )
@@ -81,29 +81,29 @@ class RelaySampler(BaseSampler):
 
 
 class _RowStates:
-    """The state of every row and column, and which rows have one."""
+    """The state of every row and column, and where there is one."""
 
     def __init__(self, hidden: torch.Tensor, start: torch.Tensor) -> None:
         self.hidden = hidden  # [B, L, D]
-        self.is_set = torch.zeros_like(start, dtype=torch.bool)  # [B]
+        self.is_set = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)  # [B, L]
         self.start = start  # [B] int64, first column of the block that the state belongs to
 
     def enter(self, start: torch.Tensor) -> None:
         """Rows in another block than before begin anew."""
-        self.is_set = self.is_set & (self.start == start)
+        self.is_set = self.is_set & (self.start == start)[:, None]
         self.start = start
 
     def read(self, columns: torch.Tensor) -> torch.Tensor:
-        """The states at `columns` [B, W]; zeros in rows that have none: [B, W, D]."""
+        """The states at `columns` [B, W]; zeros where there is none: [B, W, D]."""
         found = self.hidden.gather(1, columns[..., None].expand(-1, -1, self.hidden.shape[2]))
-        return torch.where(self.is_set[:, None, None], found, 0)
+        return torch.where(self.is_set.gather(1, columns)[..., None], found, 0)
 
     def write(self, columns: torch.Tensor, hidden: torch.Tensor, where: torch.Tensor) -> None:
         """Replaces the states at `columns` by `hidden` [B, W, D], `where` [B, W]."""
         index = columns[..., None].expand(-1, -1, self.hidden.shape[2])
         old = self.hidden.gather(1, index)
         self.hidden.scatter_(1, index, torch.where(where[..., None], hidden.to(old.dtype), old))
-        self.is_set = self.is_set | where.any(dim=1)
+        self.is_set.scatter_(1, columns, self.is_set.gather(1, columns) | where)
 
 
 class RelayMDLMSampler(RelaySampler, MDLMSampler):

@@ -12,7 +12,7 @@ from dllm.core.noising import derive_seed
 from dllm.data.collators import Batch
 from dllm.utils.parsing import InputError
 
-ROW_KEYS = ("input_ids", "maskable", "example_id", "attention_mask")
+ROW_KEYS = ("input_ids", "maskable", "num_tokens", "example_id", "attention_mask")
 
 
 class RowSource:

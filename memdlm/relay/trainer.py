@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass, replace
 from typing import Any
 
 import torch
@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader
 from dllm.core.losses import WeightType
 from dllm.core.noising import flat_positions
 from dllm.core.trainers.bd3lm import BD3LMConfig, BD3LMTrainer
-from dllm.core.trainers.mdlm import MDLMConfig, MDLMTrainer
+from dllm.core.trainers.mdlm import MDLMConfig, MDLMTrainer, refuse_torch_compile
 from dllm.core.trainers.meters import MeanMetric
 from dllm.data.collators import Batch
 from dllm.models.backbone import unwrap
-from dllm.models.relay_norm import RELAY_NORM, save_relay_keys
+from dllm.models.relay_norm import RELAY_NORM
 from dllm.models.spec import block_size_of
 from dllm.utils.logging import get_default_logger
 from dllm.utils.parsing import InputError
@@ -89,7 +89,7 @@ class RelayTrainer(MDLMTrainer):
         training_step                     refills the buffer
         loss_and_outputs                  K forwards
         prediction_step                   adds `eval_relay_loss_s`
-        _save, _save_rng_state, _load_rng_state   the relay of a PEFT adapter; the rollout of each process
+        _save_rng_state, _load_rng_state  the rollout of each process
 
     Args:
         As in `MDLMTrainer`; a model without a relay norm gets a new one, unless it has PEFT adapters, which must have
@@ -126,12 +126,29 @@ class RelayTrainer(MDLMTrainer):
             token_id(processing_class, "pad_token"),
             self.args.device,
         )
+        self._refuse_engines()
         self.source: RowSource | None = None
         self._sums = RelaySums(self.relay_config.num_steps)
         self._logged_refills = 0
         if self.rolls_out:
             for step in range(self.relay_config.num_steps):
                 self.eval_metrics.metrics[f"relay_loss_{step + 1}"] = MeanMetric()
+
+    def _refuse_engines(self) -> None:
+        refuse_torch_compile(self, "a relay")
+        if self.is_fsdp_enabled:
+            raise InputError("a relay with FSDP is not available yet: use DDP or DeepSpeed")
+        if not self.rolls_out:
+            return
+        if self.args.auto_find_batch_size:
+            raise InputError("auto_find_batch_size has no effect on a rollout, whose places are fixed: drop it")
+        loading = self.args.accelerator_config
+        # Every process goes through the data at its own pace, so none may wait for the others there.
+        if self.args.world_size > 1 and (loading.dispatch_batches or not loading.use_seedable_sampler):
+            raise InputError(
+                "with several processes a rollout needs accelerator_config with use_seedable_sampler true and "
+                "dispatch_batches false: drop the other values"
+            )
 
     @property
     def uses_relay(self) -> bool:
@@ -195,16 +212,16 @@ class RelayTrainer(MDLMTrainer):
                 return super().loss_and_outputs(model, inputs)
         if "complement" in inputs:  # plain fine-tuning of Fast-dLLM v2: the same mean, over both copies of each row
             return super().loss_and_outputs(model, inputs)
-        made, output = self.unroll(model, inputs, self._state_of(inputs), watch=True)
+        made, output = self.unroll(model, inputs, self._state_of(), self.rule, watch=True)
         if self.rolls_out:
-            self.buffer.store(made.is_masked, made.hidden, self.relay_config.num_steps)
+            self.buffer.store(made.is_masked, made.hidden)
         self._sums.add(made)
         loss = made.loss
         if made.aux_losses:
             loss = loss + self.lm.config.router_aux_loss_coef * torch.stack(made.aux_losses).sum()
         return loss, output
 
-    def unroll(self, model, inputs: Batch, state: RelayState | None, watch: bool = False):
+    def unroll(self, model, inputs: Batch, state: RelayState | None, rule: RevealRule, watch: bool = False):
         """(what K forwards made, the last one's output); see `memdlm.relay.rollout.unroll`."""
         last: list[Any] = [None]
 
@@ -221,10 +238,11 @@ class RelayTrainer(MDLMTrainer):
             inputs["maskable"],
             inputs["is_masked"],
             self.relay_config,
-            self.rule,
+            rule,
             self.channel,
             state,
-            (self.args.seed, "relay", self.state.global_step),
+            # Not the optimizer's step: with accumulation several batches share that.
+            (self.args.seed, "relay", self.buffer.num_calls),
             watch,
         )
         return made, last[0]
@@ -232,7 +250,7 @@ class RelayTrainer(MDLMTrainer):
     def _forward_later(self, model, inputs: Batch):
         return self.forward_positions(model, inputs, inputs["loss_positions"])
 
-    def _state_of(self, inputs: Batch) -> RelayState | None:
+    def _state_of(self) -> RelayState | None:
         if self.channel is None:
             return None
         rows = self.buffer.rows
@@ -249,12 +267,14 @@ class RelayTrainer(MDLMTrainer):
         result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if self.rolls_out:
             inputs = self._prepare_inputs(inputs)
-            state = None if self.channel is None else self.channel.first(*inputs["input_ids"].shape)
+            inputs = {**inputs, "is_masked": inputs["maskable"]}
+            # Without the jitter: evaluations of one model must agree.
+            rule = replace(self.rule, config=replace(self.relay_config, tau_jitter=0.0))
             with torch.no_grad():
-                made, _ = self.unroll(model, {**inputs, "is_masked": inputs["maskable"]}, state)
-            for step, loss in enumerate(made.losses):
-                per_row: Any = self.gather_function(loss.repeat(len(inputs["input_ids"])))
-                self.eval_metrics.update(f"relay_loss_{step + 1}", per_row, torch.ones_like(per_row))
+                made, _ = self.unroll(model, inputs, None, rule)
+            for step, (total, count) in enumerate(zip(made.row_nll, made.row_counts, strict=True)):
+                total, count = self.gather_function((total, count))
+                self.eval_metrics.update(f"relay_loss_{step + 1}", total / count.clamp(min=1), count)
         return result
 
     def training_logs(self) -> dict[str, float]:
@@ -279,16 +299,12 @@ class RelayTrainer(MDLMTrainer):
             return super().floating_point_ops(inputs)
         return self.relay_config.num_steps * super().floating_point_ops({"input_ids": rows.input_ids})
 
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.channel is not None and isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
-            save_relay_keys(output_dir or str(self.args.output_dir), self.channel.keys)
-
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self.rolls_out and self.source is not None:
             parts = {"buffer": self.buffer.state_dict(), "source": self.source.state_dict()}
             tensors = {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
+            tensors["world_size"] = torch.tensor(self.args.world_size)
             save_file(
                 {name: value.contiguous() for name, value in tensors.items()},
                 os.path.join(output_dir, ROLLOUT_FILE.format(self.args.process_index)),
@@ -306,9 +322,16 @@ class RelayTrainer(MDLMTrainer):
             )
             return
         tensors = load_file(path)
+        if (saved := int(tensors["world_size"])) != self.args.world_size:
+            logger.warning(
+                f"{checkpoint} was saved by {saved} processes and this run has {self.args.world_size}: all rows begin "
+                "anew, the run is not the uninterrupted one"
+            )
+            return
         for part, owner in (("buffer", self.buffer), ("source", self.source)):
             own = {name.partition(".")[2]: value for name, value in tensors.items() if name.startswith(f"{part}.")}
             owner.load_state_dict(own)
+        self._logged_refills = self.buffer.num_refilled
 
 
 def _check_adapters(model: Any) -> None:
@@ -316,8 +339,8 @@ def _check_adapters(model: Any) -> None:
         return
     if not isinstance(unwrap(model).backbone.relay_layer_norm, ModulesToSaveWrapper):
         raise InputError(
-            f"the model's adapters do not save {RELAY_NORM}, and training would lose it: load the model with "
-            "memdlm.relay.load_model, which adds the relay before LoRA"
+            f"the model's adapters were made without {RELAY_NORM} and do not save it: begin new ones with "
+            "memdlm.relay.load_model(..., lora=True), after merging these into the base if they are to be kept"
         )
 
 

@@ -22,14 +22,17 @@ TRAINERS: dict[str, Any] = {
 }
 
 
-def make_rows() -> list[dict]:
-    """Sixteen rows of 20 tokens, 12 of them to predict."""
+def make_rows(uneven: bool) -> list[dict]:
+    """Sixteen rows of 20 tokens, 12 of them to predict; uneven: the second process gets rows with 3."""
     generator = torch.Generator().manual_seed(5)
     ids = [torch.randint(20, 200, (20,), generator=generator).tolist() for _ in range(16)]
-    return [{"input_ids": row, "labels": [-100] * 8 + row[8:]} for row in ids]
+    known = [17 if uneven and index % 4 >= 2 else 8 for index in range(16)]
+    return [{"input_ids": row, "labels": [-100] * k + row[k:]} for row, k in zip(ids, known, strict=True)]
 
 
-def train(family: str, checkpoint: str, output: str, lora: bool, settings: dict[str, Any]) -> dict[str, Any]:
+def train(
+    family: str, checkpoint: str, output: str, lora: bool, uneven: bool, settings: dict[str, Any]
+) -> dict[str, Any]:
     """What one process saw of a training run."""
     config_class, trainer_class = TRAINERS[family]
     arguments = ModelArguments(checkpoint, lora=lora, lora_dropout=0.0 if lora else 0.05)
@@ -37,7 +40,7 @@ def train(family: str, checkpoint: str, output: str, lora: bool, settings: dict[
         model=load_model(arguments, RelayConfig(gate="default"), dtype="float32"),
         args=config_class(output_dir=output, use_cpu=True, disable_tqdm=True, save_strategy="no", **settings),
         processing_class=load_tokenizer(checkpoint),
-        train_dataset=make_rows(),
+        train_dataset=make_rows(uneven),
     )
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -47,6 +50,7 @@ def train(family: str, checkpoint: str, output: str, lora: bool, settings: dict[
         "losses": [entry["loss"] for entry in history],
         "grad_norms": [entry["grad_norm"] for entry in history],
         "shares": [entry["relay_gradient_share"] for entry in history],
+        "taken": trainer.buffer.num_refilled,
         "examples": trainer.buffer.rows.example_id.tolist(),
         "relay": [norm.weight.tolist(), norm.bias.tolist()],
         "weights": {name: float(p.sum()) for name, p in unwrap(trainer.model).named_parameters() if p.requires_grad},

@@ -31,7 +31,10 @@ SCENARIOS = {
     "memory": ("llada", False, {"relay_block_size": 4, "mem_inner_grad_clip": 0.0, **MEMORY}),
     "lora": ("llada", True, {"relay_block_size": 4, "relay_num_steps": 3}),
     "blocks": ("fast_dllm_v2", False, {"gradient_checkpointing": True}),
+    # Rows of unequal numbers of labels: the processes go through the data at paces of their own.
+    "uneven": ("llada", False, {"relay_block_size": 16, "max_steps": 12}),
 }
+SAME_PACE = [name for name in SCENARIOS if name != "uneven"]
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +59,7 @@ def seen(checkpoints, tmp_path_factory) -> dict[int, list[dict]]:
                 "family": family,
                 "checkpoint": checkpoints[family],
                 "lora": lora,
+                "uneven": name == "uneven",
                 "settings": {**COMMON, **own, **rows},
             }
             for name, (family, lora, own) in SCENARIOS.items()
@@ -76,7 +80,7 @@ def seen(checkpoints, tmp_path_factory) -> dict[int, list[dict]]:
     return found
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("name", SAME_PACE)
 def test_two_processes_train_as_one_on_the_same_global_batch(seen, name: str) -> None:
     (single,) = (one[name] for one in seen[1])
     first, second = (one[name] for one in seen[2])
@@ -91,7 +95,13 @@ def test_two_processes_train_as_one_on_the_same_global_batch(seen, name: str) ->
     assert max(first["shares"]) > 0
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+def test_processes_that_use_up_rows_at_different_paces_stay_one_model(seen) -> None:
+    first, second = (one["uneven"] for one in seen[2])
+    assert first["weights"] == second["weights"] and len(first["losses"]) == 12
+    assert first["taken"] != second["taken"]
+
+
+@pytest.mark.parametrize("name", SAME_PACE)
 def test_each_process_has_rows_of_its_own_and_gets_fresh_ones(seen, name: str) -> None:
     (single,) = (one[name] for one in seen[1])
     first, second = (one[name] for one in seen[2])

@@ -16,7 +16,8 @@ MASK, PAD = 39, 0
 
 def row(example, length, first=1):
     maskable = torch.arange(length) >= first
-    return {"input_ids": torch.arange(length) + 10, "maskable": maskable, "example_id": torch.tensor(example)}
+    ids, tokens = torch.arange(length) + 10, torch.tensor(length - 1)
+    return {"input_ids": ids, "maskable": maskable, "example_id": torch.tensor(example), "num_tokens": tokens}
 
 
 class Rows:
@@ -40,7 +41,7 @@ def test_fresh_rows_are_all_masks_and_shorter_ones_padded():
     assert torch.equal(rows.is_masked, rows.maskable)
     assert rows.length.tolist() == [3, 4, 5] and rows.example_id.tolist() == [0, 1, 2]
     assert rows.hidden.dtype == torch.float32 and rows.hidden.shape == (3, 5, 2) and not rows.hidden.any()
-    assert not rows.is_set.any() and rows.age.tolist() == [0, 0, 0]
+    assert not rows.is_set.any() and rows.num_tokens.tolist() == [2, 3, 4]
 
 
 def test_rows_that_are_done_give_way_to_fresh_ones_with_a_zero_state():
@@ -50,11 +51,11 @@ def test_rows_that_are_done_give_way_to_fresh_ones_with_a_zero_state():
     left[0] = False  # the first row is done, the third has lost two masks
     left[2, 1:3] = False
     hidden = torch.randn(3, 5, 2, dtype=torch.float64, requires_grad=True)
-    buffer.store(left, hidden, 2)
+    buffer.store(left, hidden)
     assert not buffer.rows.hidden.requires_grad and buffer.rows.hidden.dtype == torch.float32
     buffer.refill(source)
     rows = buffer.rows
-    assert rows.example_id.tolist() == [1, 2, 3] and rows.age.tolist() == [2, 2, 0] and buffer.num_refilled == 4
+    assert rows.example_id.tolist() == [1, 2, 3] and (buffer.num_refilled, buffer.num_calls) == (4, 2)
     assert rows.is_set.tolist() == [True, True, False]
     torch.testing.assert_close(rows.hidden[:2], hidden[1:].detach().float())
     assert not rows.hidden[2].any()
@@ -67,19 +68,19 @@ def test_the_width_follows_the_longest_row():
     buffer.refill(source)
     left = buffer.rows.is_masked.clone()
     left[1:] = False
-    buffer.store(left, torch.ones(3, 5, 1), 1)
+    buffer.store(left, torch.ones(3, 5, 1))
     buffer.refill(lambda number: [row(7, 4), row(8, 3)][:number])
     assert buffer.rows.input_ids.shape == (3, 4)
-    buffer.store(torch.zeros(3, 4, dtype=torch.bool), torch.ones(3, 4, 1), 1)
+    buffer.store(torch.zeros(3, 4, dtype=torch.bool), torch.ones(3, 4, 1))
     buffer.refill(lambda number: [row(9, 6)] * number)
     assert buffer.rows.input_ids.shape == (3, 6) and buffer.rows.hidden.shape == (3, 6, 1)
 
 
 def test_a_buffer_goes_on_from_its_saved_state():
     buffer, source = RolloutBuffer(2, 2, MASK, PAD, "cpu"), Rows()
-    assert set(buffer.state_dict()) == {"num_refilled"}
+    assert set(buffer.state_dict()) == {"num_refilled", "num_calls"}
     buffer.refill(source)
-    buffer.store(buffer.rows.is_masked, torch.randn(2, 4, 2), 2)
+    buffer.store(buffer.rows.is_masked, torch.randn(2, 4, 2))
     saved = {name: value.clone() for name, value in buffer.state_dict().items()}
     again = RolloutBuffer(2, 2, MASK, PAD, "cpu")
     again.load_state_dict(saved)
@@ -87,6 +88,16 @@ def test_a_buffer_goes_on_from_its_saved_state():
         assert torch.equal(value, saved[name])
     with pytest.raises(InputError, match="rollout has 2 rows of width 2, this run 1 of width 2"):
         RolloutBuffer(1, 2, MASK, PAD, "cpu").load_state_dict(saved)
+
+
+def test_a_row_whose_state_is_not_finite_goes_on_without_one():
+    buffer = RolloutBuffer(2, 2, MASK, PAD, "cpu")
+    buffer.refill(Rows())
+    hidden = torch.ones(2, 4, 2)
+    hidden[1, 2, 0] = torch.inf
+    buffer.store(buffer.rows.is_masked, hidden)
+    assert buffer.rows.is_set.tolist() == [True, False]
+    assert bool((buffer.rows.hidden[0] == 1).all()) and not buffer.rows.hidden[1].any()
 
 
 def test_no_rows_at_all():

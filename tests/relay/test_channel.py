@@ -212,6 +212,23 @@ def test_settings_that_contradict_the_checkpoint_are_refused(relay_model):
         RelayChannel.attach(model, RelayConfig(first_state="none"))
 
 
+@pytest.mark.parametrize("preset, asked", [("llm", {"positions": "mask"}), ("llm", {"gate": "zero"})])
+def test_a_default_that_was_asked_for_by_name_is_not_overruled(relay_model, preset, asked):
+    model, _ = relay_model(positions="all", gate="default")
+    with pytest.raises(InputError, match="contradicts the checkpoint"):
+        RelayChannel.attach(model, RelayConfig.for_arm("relay", preset, **asked))
+
+
+def test_a_state_of_other_rows_or_columns_is_refused(relay_model, draw, ids):
+    model, channel = relay_model()
+    for rows, columns in ((2, 8), (3, 9)):
+        with (
+            pytest.raises(InputError, match=r"columns, the input has \[3, 8\]"),
+            channel.passing(state_of(draw(rows, columns, channel.size))),
+        ):
+            model(ids)
+
+
 def test_no_such_layer(make_model):
     with pytest.raises(InputError, match="relay_layer=3: the model has layers 0 to 2"):
         RelayChannel.attach(make_model(), RelayConfig(layer=3))

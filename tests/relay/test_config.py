@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from transformers import HfArgumentParser
 
-from dllm.models.relay_norm import RelayKeys, relay_keys
+from dllm.models.relay_norm import RelayKeys, relay_keys, with_present_names
 from dllm.utils.parsing import InputError
 from memdlm.relay import ARMS, PRESETS, RelayBD3LMConfig, RelayConfig, RelayTrainerConfig
 
@@ -22,6 +22,10 @@ from memdlm.relay import ARMS, PRESETS, RelayBD3LMConfig, RelayConfig, RelayTrai
         ("positions", "some", "choose one of mask, all"),
         ("reveal", "top", "choose one of threshold, aligned, uncertainty"),
         ("block_size", 0, "at least 1"),
+        ("num_steps", True, "at least 1"),
+        ("layer", 1.5, "-1 or the number"),
+        ("carry", "yes", "True or False"),
+        ("tau", "a", "a number"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(name, value, message):
@@ -106,6 +110,18 @@ def test_unknown_names_are_refused(call, message):
         call()
 
 
+@pytest.mark.parametrize(
+    "arm, settings", [("relay", {"reveal": "threshold"}), ("relay", {"layer": 1}), ("relay_sg", {"carry": False})]
+)
+def test_what_a_preset_says_gives_way_to_what_leaves_it_no_effect(arm, settings):
+    if "carry" in settings:
+        with pytest.raises(InputError, match="relay_bptt_window=1 has no effect"):
+            RelayConfig.for_arm(arm, "sudoku", **settings)
+        return
+    config = RelayConfig.for_arm(arm, "sudoku", **settings)
+    assert all(getattr(config, name) == value for name, value in settings.items())
+
+
 def parse(tmp_path, *flags, cls=RelayTrainerConfig):
     (config,) = HfArgumentParser(cls).parse_args_into_dataclasses(["--output_dir", str(tmp_path), *flags])
     return config
@@ -147,3 +163,12 @@ def test_keys_of_the_released_layout():
     assert relay_keys({}) is None
     with pytest.raises(ValueError, match="relay_positions is 'few'"):
         relay_keys({"use_relay": True, "relay_positions": "few"})
+    for raw, message in (
+        ({"use_relay": "false"}, "use_relay is 'false'"),
+        ({"use_relay": True, "relay_layer": "13"}, "relay_layer is '13'"),
+        ({"use_relay": True, "relay_layer": None}, "relay_layer is None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            relay_keys(raw)
+    both = {"use_loopholing": False, "use_relay": True}
+    assert with_present_names(both) == with_present_names(dict(reversed(both.items()))) == {"use_relay": True}

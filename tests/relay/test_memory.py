@@ -161,3 +161,29 @@ def test_the_memory_stays_the_same_for_all_forwards_and_backward(build, monkeypa
         first, second, third = values[3 * step : 3 * step + 3]
         assert torch.equal(first, second) and torch.equal(second, third)
     assert not torch.equal(values[0], values[3])
+
+
+def test_the_plan_is_that_of_the_memory_collator(build, checkpoints):
+    """Fresh rows of unequal lengths, padding left out of the inner loop: the same states as in a collated batch."""
+    trainer = build(relay_gate="default", mem_pad_unmask_mode="inner", **MEMORY)
+    trainer.get_train_dataloader()
+    batch = trainer.next_rows()
+    plan = InnerPlan.from_batch(batch["memory_plan"])
+    lengths = trainer.buffer.rows.num_tokens
+    assert len(set(lengths.tolist())) > 1
+    behind = torch.arange(plan.length) >= lengths[:, None]
+    for state in plan.states:
+        assert bool((state[behind] == batch["input_ids"][behind]).all()), "padding is never masked"
+    asked = torch.zeros(behind.numel(), dtype=torch.bool)
+    for step in plan.steps:
+        asked[step.loss_positions] = True
+    assert bool(asked.any()) and not bool((asked & behind.flatten()).any())
+
+
+def test_each_step_draws_its_inner_states_anew(build):
+    trainer = build(**MEMORY)
+    trainer.get_train_dataloader()
+    trainer.next_rows()
+    trainer.buffer.rows.is_masked[:, 8:] = False  # so that there is something to draw from
+    plans = [InnerPlan.from_batch(trainer.next_rows()["memory_plan"]) for _ in range(2)]
+    assert not torch.equal(plans[0].states[0], plans[1].states[0])

@@ -184,3 +184,44 @@ def test_zeroed_decodes_with_the_norm_and_without_the_state(relay_model):
     assert torch.equal(control.answers, expected.answers)
     carried = RelayMDLMSampler(model, Tokenizer()).sample(PROMPTS, config)
     assert not torch.equal(control.answers, carried.answers)
+
+
+def test_each_pass_of_guidance_has_a_state_of_its_own(relay_model):
+    model, channel = relay_model()
+    scale, prompt = 0.7, PROMPTS[0]
+    ids = torch.tensor([prompt + [MASK] * 5])
+    given, both = ids != MASK, [(torch.zeros(1, 10, channel.size, dtype=torch.float64), torch.tensor([False]))] * 2
+    for _ in range(5):
+        logits, after = [], []
+        for (hidden, is_set), seen in zip(both, (ids, ids.masked_fill(given, MASK)), strict=True):
+            with channel.passing(RelayState(hidden, is_set)):
+                logits.append(model(seen).logits[0])
+            after.append((channel.taken, torch.tensor([True])))
+        both = after
+        guided = logits[1] + (1 + scale) * (logits[0] - logits[1])
+        guided[:, MASK] = -torch.inf
+        sure, tokens = torch.softmax(guided, -1).max(-1)
+        best = max((i for i in range(10) if ids[0, i] == MASK), key=lambda i: sure[i])
+        ids[0, best] = tokens[best]
+    _, sampler = samplers(model)
+    assert (
+        sampler.sample([prompt], MDLMSamplerConfig(max_new_tokens=5, cfg_scale=scale)).sequences.tolist()
+        == ids.tolist()
+    )
+
+
+def test_a_later_block_has_no_state_before_it_was_in_a_window(relay_model):
+    """With the dual cache the first forward of a block adds nothing at columns that no forward has written yet."""
+    model, channel = relay_model(first_state="none", positions="all")
+    _, sampler = samplers(model)
+    seen, add = [], channel.add
+
+    def spy(input_ids, embedded):
+        state = sampler.channel._state
+        seen.append((state.is_set.any(dim=2) if state.is_set.dim() == 3 else state.is_set).clone())
+        return add(input_ids, embedded)
+
+    sampler.channel.add = spy
+    sampler.sample([PROMPTS[0]], MDLMSamplerConfig(max_new_tokens=8, block_size=4, cache="dual"))
+    first_of_second_block = next(s for s in seen[1:] if s.shape[1] == 13)
+    assert not bool(first_of_second_block[0, 9:].any())

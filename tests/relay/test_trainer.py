@@ -32,7 +32,7 @@ def checkpoints(tmp_path_factory):
     """Family -> folder of a tiny checkpoint."""
     sizes = {
         "llada_moe": {"hidden_size": 32, "num_hidden_layers": 2, "num_experts": 4, "vocab_size": 300},
-        "fast_dllm_v2": {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 300, "bd_size": 8},
+        "fast_dllm_v2": {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 300, "bd_size": 4},
     }
     folder = tmp_path_factory.mktemp("relay")
     return {family: str(make_tiny_checkpoint(folder / family, family, **own)) for family, own in sizes.items()}
@@ -98,7 +98,7 @@ def test_the_four_arms_train_and_log(build, family):
         assert (min(shares) > 0) == (arm == "relay") and (max(shares) > 0) == (arm == "relay")
         assert ("eval_relay_loss_2" in metrics) == (num_steps == 2)
         assert bool(logged(trainer, "relay_gate_norm")) == ("relay" in arm)
-        if num_steps == 2:
+        if num_steps == 2:  # blocks of four tokens are done after four forwards, that is two steps
             first, second = logged(trainer, "relay_mask_ratio_1"), logged(trainer, "relay_mask_ratio_2")
             assert first[0] == 1 and all(b < a for a, b in zip(first, second, strict=True))
             assert logged(trainer, "relay_refills")[0] == 4 and sum(logged(trainer, "relay_refills")) > 4
@@ -187,7 +187,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(build, family, tmp_path):
     resumed = build(family, model=model, name="resumed", **flags)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     # The checkpoint's own history comes with it.
-    assert logged(resumed, "loss") == logged(whole, "loss")
+    for name in ("loss", "relay_refills", "relay_epochs"):
+        assert logged(resumed, name) == logged(whole, name)
     for name, value in unwrap(whole.model).state_dict().items():
         assert torch.equal(unwrap(resumed.model).state_dict()[name], value), name
 
@@ -271,7 +272,9 @@ def test_an_adapter_saves_its_relay(build, checkpoints, tmp_path):
 
 def test_adapters_that_would_lose_the_relay_are_refused(build, checkpoints):
     model = load_model(ModelArguments(checkpoints["llada_moe"], lora=True), RelayConfig.for_arm("rollout"))
-    with pytest.raises(InputError, match="adapters do not save relay_layer_norm"):
+    with pytest.raises(
+        InputError, match="adapters were made without relay_layer_norm and do not save it: begin new ones"
+    ):
         build(model=model)
     build(model=model, relay_arm="rollout").train()
 
@@ -293,3 +296,162 @@ def test_accumulation_and_checkpointed_activations_change_nothing(build):
     twice.train()
     losses = torch.tensor(logged(plain, "loss")).view(2, 2).mean(1)
     torch.testing.assert_close(torch.tensor(logged(twice, "loss")), losses, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("shift_within", ["block", "row"])
+def test_a_step_of_block_diffusion_is_the_naive_loop(build, checkpoints, shift_within):
+    """[x ; x_0] with a shift: loss, gradients and reveals, position by position, in float64; some rows have states."""
+    trainer = build(
+        "fast_dllm_v2",
+        model=load_plain(checkpoints["fast_dllm_v2"]).double(),
+        relay_gate="default",
+        relay_shift_within=shift_within,
+        relay_num_steps=3,
+        block_size=8,
+        max_steps=1,
+    )
+    trainer.train()
+    model, channel = trainer.lm.train(), trainer.channel
+    with torch.no_grad():
+        channel.norm.weight.normal_()
+        channel.norm.bias.normal_()
+    inputs = trainer.next_rows()
+    assert bool(trainer.buffer.rows.is_set.any())
+    ids, is_masked = inputs["input_ids"], inputs["is_masked"].clone()
+    hidden = trainer.buffer.rows.hidden.double()
+    model.zero_grad()
+    loss = trainer.compute_loss(model, inputs)
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    total, left = naive_steps(model, channel.norm, ids, is_masked, hidden, shift_within, trainer.rule.mask_token_id)
+    total.backward()
+    torch.testing.assert_close(loss, total, rtol=1e-9, atol=0)
+    assert torch.equal(trainer.buffer.rows.is_masked, left)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-6, atol=1e-10, msg=name)
+
+
+def naive_steps(model, norm, ids, is_masked, hidden, shift_within, mask):
+    """Three forwards with blocks of eight and the threshold 0.05: (sum of the losses, what is masked after them)."""
+    length, total = ids.shape[1], 0.0
+    block, half = torch.arange(length).repeat(2) // 8, torch.arange(2 * length) < length
+    same = half[:, None] & half[None] & (block[:, None] == block[None])
+    before = half[:, None] & ~half[None] & (block[None] < block[:, None])
+    clean = ~half[:, None] & ~half[None] & (block[None] <= block[:, None])
+    for _ in range(3):
+        keeps = [c % 8 == 0 if shift_within == "block" else c == 0 for c in range(length)]
+        moved = torch.stack([hidden[:, c if keep else c - 1] for c, keep in enumerate(keeps)], dim=1)
+        added = torch.nn.functional.layer_norm(moved, moved.shape[2:], norm.weight, norm.bias, norm.eps)
+        noised = model.backbone.embedding(torch.where(is_masked, mask, ids)) + added * is_masked[..., None]
+        states = model.backbone(
+            inputs_embeds=torch.cat([noised, model.backbone.embedding(ids)], dim=1),
+            attention_mask=(same | before | clean)[None, None],
+            position_ids=torch.arange(length).repeat(2)[None],
+        ).last_hidden_state
+        hidden = states[:, :length]
+        logits = model.head(hidden)
+        logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
+        total = total + torch.nn.functional.cross_entropy(logits[is_masked], ids[is_masked])
+        sure = logits.detach().index_fill(2, torch.tensor([mask]), -torch.inf).softmax(-1).amax(-1)
+        revealed = torch.zeros_like(is_masked)
+        for row in range(len(ids)):
+            for start in range(0, length, 8):
+                places = [c for c in range(start, start + 8) if is_masked[row, c]]
+                best = max(places, key=lambda c: sure[row, c], default=None)
+                for c in places:
+                    revealed[row, c] = c == best or sure[row, c] > 0.05
+        is_masked = is_masked & ~revealed
+    return total, is_masked
+
+
+def test_dropped_rows(build):
+    keeping, dropping = build(relay_arm="rollout"), build(relay_arm="rollout", relay_drop_rows=True)
+    keeping.train()
+    dropping.train()
+    assert not keeping.source.drops and dropping.source.drops
+    assert logged(keeping, "relay_epochs") != logged(dropping, "relay_epochs")
+
+
+def test_router_losses_of_all_forwards_are_added(build, checkpoints):
+    model = load_plain(checkpoints["llada_moe"])
+    model.config.output_router_logits = True
+    trainer = build(model=model, learning_rate=0.0, max_steps=1)
+    trainer.train()
+    (loss,), (first,), (second,) = (logged(trainer, name) for name in ("loss", "relay_loss_1", "relay_loss_2"))
+    # A balanced router has an auxiliary loss of about 1 per layer's mean, in each of the two forwards.
+    assert (loss - first - second) / model.config.router_aux_loss_coef > 1.9
+
+
+def test_evaluation_is_of_all_masks_and_of_a_first_forward(build):
+    trainer = build(relay_gate="default", per_device_eval_batch_size=4)
+    with torch.no_grad():
+        trainer.channel.norm.bias.normal_()
+    metrics, batch = trainer.evaluate(), next(iter(trainer.get_eval_dataloader()))
+    model, channel, maskable = trainer.lm.eval(), trainer.channel, batch["maskable"]
+    mask = trainer.rule.mask_token_id
+    with torch.no_grad(), channel.passing(channel.first(*maskable.shape)):
+        all_masked = model(batch["input_ids"].masked_fill(maskable, mask)).logits
+        at_random = model(batch["noised_ids"]).logits
+    expected = torch.nn.functional.cross_entropy(all_masked[maskable], batch["input_ids"][maskable])
+    assert metrics["eval_relay_loss_1"] == pytest.approx(float(expected), rel=1e-5)
+    is_masked = batch["is_masked"]
+    total = torch.nn.functional.cross_entropy(at_random[is_masked], batch["input_ids"][is_masked], reduction="sum")
+    assert metrics["eval_loss"] == pytest.approx(float(total / maskable.sum()), rel=1e-5)
+
+
+def test_evaluation_weighs_tokens_and_draws_no_jitter(checkpoints, build):
+    """Rows with unequally many labels: the same numbers at every batch size, and at every step."""
+    found = []
+    ids = list(range(20, 38))
+    uneven = [{"input_ids": ids, "labels": [-100] * known + ids[known:]} for known in (2, 16, 9, 17)]
+    for size, calls in ((1, 0), (4, 3)):
+        trainer = build(relay_arm="rollout", relay_preset="sudoku", relay_threshold=None, relay_block_size=None)
+        trainer.args.per_device_eval_batch_size = size
+        trainer.buffer.num_calls = calls
+        found.append(trainer.evaluate(uneven))
+    for name in ("eval_relay_loss_1", "eval_relay_loss_2"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-5)
+
+
+def test_micro_steps_of_one_optimizer_step_draw_anew(build, monkeypatch):
+    from memdlm.relay import RevealRule
+
+    draws, tau = [], RevealRule.tau
+    monkeypatch.setattr(RevealRule, "tau", lambda self, parts: draws.append(tau(self, parts)) or draws[-1])
+    build(
+        relay_arm="rollout",
+        relay_preset="sudoku",
+        relay_threshold=None,
+        relay_block_size=None,
+        gradient_accumulation_steps=2,
+        max_steps=1,
+    ).train()
+    assert len(draws) == len(set(draws)) == 4
+
+
+def test_going_on_with_an_adapter_keeps_its_relay(build, checkpoints, tmp_path):
+    arguments = ModelArguments(checkpoints["llada_moe"], lora=True, target_modules="q_proj", lora_dropout=0.0)
+    model = load_model(arguments, RelayConfig(gate="default", positions="all"))
+    build(model=model, relay_gate="default", relay_positions="all", save_strategy="steps", save_steps=4).train()
+    adapter = str(tmp_path / "run" / "checkpoint-4")
+    again = load_model(ModelArguments(adapter, lora=True), RelayConfig())
+    assert RelayChannel(again).keys.positions == "all"
+    # Whoever trains it on, its relay is saved with it.
+    later = build(model=again, name="later", relay_arm="rollout", save_strategy="steps", save_steps=4)
+    later.train()
+    assert RelayChannel(load_plain(str(tmp_path / "later" / "checkpoint-4"))).keys.positions == "all"
+    with pytest.raises(InputError, match="relay_positions=mask contradicts the checkpoint"):
+        build(model=again, relay_positions="mask")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"auto_find_batch_size": True}, "auto_find_batch_size has no effect on a rollout"),
+        ({"torch_compile": True}, "a relay and torch.compile cannot be combined"),
+    ],
+)
+def test_what_cannot_work_is_refused(build, flags, message):
+    with pytest.raises(InputError, match=message):
+        build(**flags)

@@ -10,6 +10,8 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from accelerate.utils import DynamoBackend
+from peft import PeftModel
 from torch.utils.data import Dataset, IterableDataset
 
 from dllm.core.editing import MASKED, EditPlanner, EditSettings
@@ -26,7 +28,7 @@ from dllm.core.trainers.meters import (
 )
 from dllm.data.collators import Batch, NoisingCollator, PaddingCollator
 from dllm.models.backbone import unwrap
-from dllm.models.relay_norm import warn_idle_relay
+from dllm.models.relay_norm import relay_keys, save_relay_keys, warn_idle_relay
 from dllm.models.spec import spec_of
 from dllm.utils.args import TrainingArguments
 from dllm.utils.parsing import InputError
@@ -314,6 +316,13 @@ class MDLMTrainer(transformers.Trainer):
             logs.update(self.training_logs())
         super().log(logs, start_time)
 
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        keys = relay_keys(self.lm.config)
+        # PEFT saves the relay's norm with an adapter, but not how it is used.
+        if keys is not None and isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
+            save_relay_keys(output_dir or str(self.args.output_dir), keys)
+
     def training_logs(self) -> dict[str, float]:
         """Seconds per step since the last call, peak memory, the number of empty batches if there are any, and with
         editing what `Editor.logs` says, over all ranks."""
@@ -373,6 +382,20 @@ def with_example_ids(dataset: Any) -> Any:
             return dataset
         return dataset.add_column("example_id", list(range(len(dataset))))
     return _WithExampleIds(dataset) if len(dataset) and "example_id" not in dataset[0] else dataset
+
+
+def refuse_torch_compile(trainer: transformers.Trainer, what: str) -> None:
+    """Nothing, if the trainer does not compile its model.
+
+    Raises:
+        InputError: it does, and `what` works through calls that compiled code may leave out.
+    """
+    plugin = trainer.accelerator.state.dynamo_plugin
+    if trainer.args.torch_compile or (plugin is not None and plugin.backend != DynamoBackend.NO):
+        raise InputError(
+            f"{what} and torch.compile cannot be combined (compiled code ignores hooks): drop --torch_compile, and "
+            "dynamo_backend from the launcher's settings"
+        )
 
 
 def _check_settings(args: TrainingArguments, trainer_options: dict[str, Any]) -> None:
