@@ -229,9 +229,9 @@ def _fit_row(row: Mapping[str, Any], index: int, max_length: int, truncation: st
         why = _NO_ANSWER
     elif length > max_length and truncation == "filter":
         why = _TOO_LONG
-    elif prompt_len >= max_length:
+    elif prompt_len >= max_length and truncation != "left":
         why = _NO_ROOM
-    fitted = clip_row(row, max_length)
+    fitted = clip_row(row, max_length, "left" if truncation == "left" else "right")
     if why == _KEEP and all(label == -100 for label in fitted["labels"]):
         why = _NO_ANSWER
     return {**fitted, "example_id": index, "_drop": why}
@@ -266,8 +266,9 @@ def _post_process_split(
 def post_process_dataset(dataset: AnyDataset, data_args: DataArguments) -> AnyDataset:
     """The tokenised rows at most max_length long, each with `example_id`, its position in `dataset`.
 
-    truncation `right` keeps the prompt and cuts the answer; `filter` drops rows that are longer. Rows whose prompt
-    alone reaches max_length, or that have no answer token, are dropped. Dropped rows are counted in one warning
+    truncation `right` keeps the prompt and cuts the answer; `left` keeps the end of the row and cuts its beginning;
+    `filter` drops rows that are longer. Rows whose prompt alone reaches max_length (except with `left`), or that have
+    no answer token, are dropped. Dropped rows are counted in one warning
     per split; the example_id of the others does not depend on what was dropped.
 
     Args:

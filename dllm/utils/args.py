@@ -21,7 +21,7 @@ from dllm.utils.parsing import InputError
 logger = get_default_logger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-TRUNCATIONS = ("filter", "right")
+TRUNCATIONS = ("filter", "left", "right")
 _ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 _LORA_BIASES = ("none", "all", "lora_only")
 _LORA_OPTIONS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules", "bias")
@@ -141,7 +141,10 @@ class DataArguments:
     max_length: int = field(default=1024, metadata={"help": "Longest sequence, in tokens, at least 2."})
     truncation: str = field(
         default="right",
-        metadata={"help": "Rows above max_length: right keeps the prompt and cuts the response, filter drops the row."},
+        metadata={
+            "help": "Rows above max_length: right keeps the prompt and cuts the response, left keeps the response and "
+            "cuts the beginning, filter drops the row."
+        },
     )
     mask_prompt_loss: bool = field(
         default=True, metadata={"help": "Train on the last answer only. False: on every token of the row."}

@@ -16,10 +16,9 @@ exec accelerate launch "${launch[@]}" examples/fast_dllm_v2/sft.py \
     --model_name_or_path "${MODEL:-Efficient-Large-Model/Fast_dLLM_v2_1.5B}" \
     --dataset_args "${DATASET:-tatsu-lab/alpaca}" \
     --max_length 2048 \
-    --truncation filter \
+    --truncation left \
+    --train_on_fill False \
     --dtype float32 \
-    --loss_weight_type uniform \
-    --complementary_masks True \
     --num_train_epochs 3 \
     --learning_rate 5e-6 \
     --lr_scheduler_type cosine \

@@ -20,7 +20,8 @@ exec accelerate launch "${launch[@]}" examples/fast_dllm_v2/sft.py \
     --model_name_or_path "${MODEL:-Efficient-Large-Model/Fast_dLLM_v2_1.5B}" \
     --dataset_args "${DATASET:-data/mix/c40m60}" \
     --max_length 2048 \
-    --truncation filter \
+    --truncation left \
+    --train_on_fill False \
     --dtype float32 \
     --num_train_epochs 3 \
     --learning_rate 5e-6 \

@@ -57,6 +57,19 @@ def test_the_fill_behind_an_untrained_end_is_not_trained_on() -> None:
     assert BlockPaddingCollator(PAD, 4)([row])["labels"].tolist() == [[5, 6, -100, -100]]
 
 
+def test_a_fill_that_is_not_trained_on_is_never_masked() -> None:
+    rows = [_row(0, 9), _row(1, 6), _row(2, 8)]
+    padding = BlockPaddingCollator(PAD, 4, train_on_fill=False)
+    padded = padding([dict(row) for row in rows])
+    assert torch.equal(padded["input_ids"], BlockPaddingCollator(PAD, 4)(rows)["input_ids"])
+    batch = _collator(padding, block_size=4, time_per="block", complementary=True)(rows)
+    own = torch.arange(12) < torch.tensor([[9], [6], [8]])
+    assert torch.equal(batch["maskable"], own & (torch.arange(12) >= 2))
+    assert batch["num_maskable"].tolist() == [7, 4, 6]
+    for noised in (batch["noised_ids"], batch["complement"]["noised_ids"]):
+        assert (noised[~own] == PAD).all() and (noised[:, 2:6] == MASK).any()
+
+
 def test_every_block_has_a_time_of_its_own() -> None:
     collator = _collator(BlockPaddingCollator(PAD, 4), block_size=4, time_per="block")
     batch = collator([_row(i, 400) for i in range(3)])

@@ -154,6 +154,14 @@ def test_truncation_right_keeps_the_prompt_and_counts_what_it_drops(caplog):
     assert "3 of 6 rows dropped (no answer within max_length 5: 1; prompt fills max_length 5: 2)" in caplog.text
 
 
+def test_truncation_left_keeps_the_end_of_the_row():
+    kept = post_process_dataset(token_rows((3, 4), (9, 2), (2, 8), (3, 2)), limits(max_length=5, truncation="left"))
+    given = token_rows((3, 4), (9, 2), (2, 8), (3, 2))
+    assert kept["input_ids"] == [row[-5:] for row in given["input_ids"]]
+    assert kept["labels"] == [row[-5:] for row in given["labels"]]
+    assert kept["prompt_len"] == [1, 3, 0, 3]
+
+
 def test_truncation_filter_drops_longer_rows_and_counts_them(caplog):
     splits = datasets.DatasetDict({"train": token_rows((2, 3), (2, 4), (6, 1)), "test": token_rows((1, 1))})
     kept = post_process_dataset(splits, limits(max_length=5, truncation="filter"))

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 
@@ -10,6 +11,8 @@ import pytest
 
 from dllm.models.auto import load_model
 from dllm.models.tiny import make_tiny_checkpoint
+from dllm.utils import parse_args
+from dllm.utils.parsing import InputError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "examples" / "fast_dllm_v2"
@@ -54,6 +57,35 @@ def test_plain_fine_tuning(environment) -> None:
     assert 3 < metrics["eval_loss"] < 8 and metrics["eval_ppl"] > 1
     model = load_model(str(folder / "checkpoint-final"))
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.fixture(scope="module")
+def published():
+    """The class of the plain objective's flags."""
+    return runpy.run_path(str(SCRIPTS / "sft.py"))["BD3LMArguments"]
+
+
+@pytest.mark.parametrize(
+    "flags, complements, weights",
+    [
+        ((), True, "uniform"),
+        (("--complementary_masks", "False"), False, "uniform"),
+        (("--complementary_masks", "True"), True, "uniform"),
+        (("--mem_enabled", "True"), False, "uniform"),
+        (("--edit_ratio", "0.1"), False, "uniform"),
+        (("--loss_weight_type", "scheduler"), False, "scheduler"),
+    ],
+)
+def test_the_published_objective_is_the_default(published, flags, complements: bool, weights: str) -> None:
+    (args,) = parse_args(published, args=["--output_dir", "out", "--use_cpu", "True", *flags])
+    assert args.complementary_masks is complements and args.loss_weight_type == weights
+
+
+def test_what_excludes_complementary_masks_is_refused_beside_them(published, capsys) -> None:
+    with pytest.raises((InputError, SystemExit)):
+        words = ["--output_dir", "out", "--use_cpu", "True", "--mem_enabled", "True", "--complementary_masks", "True"]
+        parse_args(published, args=words)
+    assert "complementary_masks and mem_enabled exclude each other" in capsys.readouterr().err
 
 
 def test_flags_of_another_objective_end_with_one_line(environment) -> None:

@@ -6,9 +6,10 @@ from transformers import AutoTokenizer
 
 from dllm.core.attention import block_causal_mask
 from dllm.core.trainers import BD3LMConfig, BD3LMTrainer
-from dllm.data.collators import PaddingCollator
+from dllm.data.collators import BlockPaddingCollator, PaddingCollator
 from dllm.models.auto import load_model
 from memdlm import MemBD3LMConfig, MemBD3LMTrainer
+from memdlm.relay import RelayBD3LMConfig, RelayBD3LMTrainer
 
 DEFAULTS = {
     "use_cpu": True,
@@ -21,6 +22,11 @@ DEFAULTS = {
     "save_strategy": "no",
     "disable_tqdm": True,
     "seed": 1,
+}
+CONFIGS = {
+    BD3LMTrainer: BD3LMConfig,
+    MemBD3LMTrainer: MemBD3LMConfig,
+    RelayBD3LMTrainer: RelayBD3LMConfig,
 }
 COMPLEMENTS = {"complementary_masks": True, "loss_weight_type": "uniform"}
 
@@ -40,7 +46,7 @@ def make_trainer(load, fast_dllm_checkpoint, rows, tmp_path):
             {**row, "input_ids": row["input_ids"][: 20 - i % 5], "labels": row["labels"][: 20 - i % 5]}
             for i, row in enumerate(rows)
         ]
-        config = MemBD3LMConfig if kind is MemBD3LMTrainer else BD3LMConfig
+        config = CONFIGS[kind]
         return kind(
             model=load(),
             args=config(output_dir=str(tmp_path), **{**DEFAULTS, **settings}),
@@ -176,9 +182,36 @@ def test_memory_trains_on_shifted_blocks(make_trainer) -> None:
         assert entry["memory_gap"] > 0 and entry["mem_change"] > 0
 
 
+@pytest.mark.parametrize("complements", [False, True])
+def test_a_fill_that_is_not_trained_on_is_never_masked(make_trainer, complements: bool) -> None:
+    settings = {"block_size": 4, **(COMPLEMENTS if complements else {})}
+    trainer = make_trainer(train_on_fill=False, **settings)
+    lengths = torch.tensor([len(row["input_ids"]) for row in trainer.train_dataset])
+    (batch,) = trainer.get_train_dataloader()
+    (filled,) = make_trainer(**settings).get_train_dataloader()
+    own = torch.arange(batch["input_ids"].shape[1]) < lengths[batch["example_id"]][:, None]  # [B, L]
+    assert not (batch["maskable"] & ~own).any() and (filled["maskable"] & ~own).any()
+    for name in ("maskable", "is_masked"):
+        assert torch.equal(filled[name] & own, batch[name])
+
+
+def test_a_fill_that_is_not_trained_on_is_never_masked_in_rollouts(make_trainer) -> None:
+    seen = []
+    for train_on_fill in (True, False):
+        trainer = make_trainer(RelayBD3LMTrainer, block_size=8, train_on_fill=train_on_fill)
+        lengths = torch.tensor([len(row["input_ids"]) for row in trainer.train_dataset])
+        trainer.get_train_dataloader()
+        batch = trainer.next_rows()
+        own = torch.arange(batch["input_ids"].shape[1]) < lengths[batch["example_id"]][:, None]  # [B, L]
+        assert (batch["noised_ids"] == trainer.rule.mask_token_id)[own].any()
+        seen.append(bool((batch["noised_ids"] == trainer.rule.mask_token_id)[~own].any()))
+    assert seen == [True, False]
+
+
 @pytest.mark.parametrize(
     "kind, settings, message",
     [
+        (BD3LMTrainer, {"train_on_fill": False, "collator": BlockPaddingCollator(0, 4)}, "train_on_fill has no effect"),
         (BD3LMTrainer, {"complementary_masks": True}, "add --loss_weight_type uniform"),
         (BD3LMTrainer, {**COMPLEMENTS, "edit_ratio": 0.1}, "complementary_masks and edit_ratio exclude each other"),
         (

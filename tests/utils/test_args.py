@@ -42,7 +42,7 @@ def _levels_stay():
         (ModelArguments, {"lora_r": 8}, "--lora_r has no effect without --lora True"),
         (ModelArguments, {"target_modules": "q_proj"}, "--target_modules has no effect without --lora True"),
         (DataArguments, {"max_length": 1}, "--max_length is 1"),
-        (DataArguments, {"truncation": "left"}, "--truncation 'left' is unknown; allowed: filter, right"),
+        (DataArguments, {"truncation": "middle"}, "--truncation 'middle' is unknown; allowed: filter, left"),
         (DataArguments, {"num_proc": 0}, "--num_proc is 0"),
         (TrainingArguments, {"per_device_train_batch_size": 0}, "--per_device_train_batch_size is 0"),
         (TrainingArguments, {"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps is 0"),

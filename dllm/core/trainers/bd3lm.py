@@ -29,6 +29,13 @@ class BD3LMConfig(MDLMConfig):
         default="block",
         metadata={"help": "Draw one diffusion time per block (the lower variance) or one per row (as LLaDA2 does)."},
     )
+    train_on_fill: bool = field(
+        default=True,
+        metadata={
+            "help": "Train on the end-of-text tokens that fill up a row's last block. False: they are never masked, as "
+            "in the published runs of Fast-dLLM v2 and Relay."
+        },
+    )
     complementary_masks: bool = field(
         default=False,
         metadata={
@@ -80,15 +87,22 @@ class BD3LMTrainer(MDLMTrainer):
     Router losses, where the configuration asks for them, count the tokens of both halves.
 
     Raises:
-        InputError: those of `MDLMTrainer`.
+        InputError: those of `MDLMTrainer`; a data collator together with train_on_fill False, which is for the default
+            one.
     """
 
     args: BD3LMConfig
     block_size: int
 
+    def __init__(self, model=None, args: BD3LMConfig | None = None, data_collator=None, **kwargs: Any) -> None:
+        if data_collator is not None and args is not None and not args.train_on_fill:
+            raise InputError("train_on_fill has no effect on a data collator of your own: drop one of the two")
+        super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
+
     def make_padding(self, args: BD3LMConfig, tokenizer) -> Callable[[list[Batch]], Batch]:
         """What pads rows if no data collator is given: up to whole blocks."""
-        return BlockPaddingCollator(token_id(tokenizer, "pad_token"), block_size_of(self.lm, args.block_size))
+        size = block_size_of(self.lm, args.block_size)
+        return BlockPaddingCollator(token_id(tokenizer, "pad_token"), size, args.train_on_fill)
 
     def _noising_settings(self, args: BD3LMConfig, tokenizer, stream: str) -> dict[str, Any]:
         self.block_size = block_size_of(self.lm, args.block_size)
