@@ -1,7 +1,7 @@
 """The sandboxed process: it confines itself, runs a program and its tests, and reports how that went.
 
 `dllm.coding.sandbox` starts it. Standard input is a JSON request, standard output takes one JSON line: {"nonce": ...}
-after the last test, {"reason": ...} where something failed, {"setup": ...} where it could not be confined.
+after the last test, {"reason": ...} where something failed, {"setup": ..., "nonce": ...} where it is not confined.
 """
 
 import json
@@ -9,14 +9,16 @@ import os
 import resource
 import sys
 import traceback
+import types
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from dllm.coding import confine
 
 SETUP_FAILED, FORBIDDEN = 70, 77  # exit statuses
-MOST_WRITES = 64  # files that a program may open for writing or folders it may make, so that the disk stays free
+MOST_WRITES = 64  # files that a program may open for writing, make or rename, so that the disk stays free
 _TESTS = "<tests>"
+_GRACE_SECONDS = 5  # after which the kernel ends a process that nobody stopped
 
 # Audit events that end the process, by what they mean.
 _STARTS = "starts a process"
@@ -27,11 +29,40 @@ _FORBIDDEN_EVENTS = {
     **dict.fromkeys(("subprocess.Popen", "pty.spawn"), _STARTS),
     **dict.fromkeys(("os.kill", "os.killpg", "signal.pthread_kill"), _SIGNALS),
     **dict.fromkeys(("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.sendto"), _NETWORK),
+    **dict.fromkeys(("socket.sendmsg",), _NETWORK),
     **dict.fromkeys(("resource.setrlimit", "resource.prlimit"), "changes its limits"),
     **dict.fromkeys(("os.chmod", "os.chown", "os.utime", "os.setxattr", "os.removexattr"), "changes file properties"),
 }
-_PATH_EVENTS = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate"}
+# Audit events about paths: where among the arguments each path is, and the descriptor that it starts from (None: none).
+_PATH_EVENTS: dict[str, tuple[tuple[int, int | None], ...]] = {
+    "os.remove": ((0, 1),),
+    "os.rmdir": ((0, 1),),
+    "os.mkdir": ((0, 2),),
+    "os.rename": ((0, 2), (1, 3)),
+    "os.link": ((0, 2), (1, 3)),
+    "os.symlink": ((1, 2),),  # what the link says is text, and is looked at where it is opened
+    "os.truncate": ((0, None),),
+    "sqlite3.connect": ((0, None),),
+    "open": ((0, None),),
+}
+_FOLLOWED = ("open", "os.truncate", "sqlite3.connect")  # these go where a link leads, the others act on the link
 _OPENS_TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+# Bound here, so that a program that replaces them in `os` does not replace them for us.
+_exit, _write, _encode = os._exit, os.write, json.JSONEncoder().encode
+_real, _join, _split, _common = os.path.realpath, os.path.join, os.path.split, os.path.commonpath
+
+
+def _place(event: str, path: Any, descriptor: int) -> str:
+    """Where a path of an event leads, without links."""
+    name = os.fsdecode(path)
+    if event == "sqlite3.connect":
+        name = name.removeprefix("file:").partition("?")[0]
+    if descriptor >= 0:
+        name = _join(_real(f"/proc/self/fd/{descriptor}"), name)
+    if event in _FOLLOWED:
+        return _real(name)
+    folder, last = _split(name.rstrip("/"))
+    return _real(name) if last in ("", ".", "..") else _join(_real(folder), last)
 
 
 class Guard:
@@ -46,44 +77,49 @@ class Guard:
 
     def __init__(self, folder: str, report: int) -> None:
         self.folder, self.report = folder, report
-        self.num_writes = 0
+        self.written: set[str] = set()
 
     def __call__(self, event: str, arguments: Sequence[Any]) -> None:
         if event in _FORBIDDEN_EVENTS:
             self.refuse(_FORBIDDEN_EVENTS[event])
-        if event == "open" and arguments[2] & _OPENS_TO_WRITE:
-            self.check(arguments[:1], "opens {} for writing")
-        elif event in _PATH_EVENTS:
-            self.check(arguments[:2], f"{event.removeprefix('os.')} of {{}}")
+        if event not in _PATH_EVENTS or (event == "open" and not arguments[2] & _OPENS_TO_WRITE):
+            return
+        for at, start in _PATH_EVENTS[event]:
+            if isinstance(arguments[at], (str, bytes, os.PathLike)):  # else an open descriptor
+                self.check(event, arguments[at], -1 if start is None else arguments[start])
 
-    def check(self, paths: Sequence[Any], what: str) -> None:
+    def check(self, event: str, path: Any, descriptor: int) -> None:
         """Refuses a path outside the folder, and too many of them inside."""
-        for path in paths:
-            if not isinstance(path, (str, bytes)):
-                continue  # an open descriptor, or a number that is no path
-            place = os.path.realpath(os.fsdecode(path))
-            if place != os.devnull and os.path.commonpath([place, self.folder]) != self.folder:
-                self.refuse(f"{what.format(repr(place))}, outside its folder")
-        self.num_writes += 1
-        if self.num_writes > MOST_WRITES:
+        if event == "sqlite3.connect" and path in ("", b"", ":memory:", b":memory:"):
+            return
+        place = _place(event, path, descriptor)
+        if place == os.devnull:
+            return
+        if _common([place, self.folder]) != self.folder:
+            what = "opens {} for writing" if event == "open" else f"{event.removeprefix('os.')} of {{}}"
+            self.refuse(f"{what.format(repr(place))}, outside its folder")
+        self.written.add(place)
+        if len(self.written) > MOST_WRITES:
             self.refuse(f"writes more than {MOST_WRITES} files")
 
     def refuse(self, reason: str) -> NoReturn:
         """Ends the process."""
-        send(self.report, reason=f"forbidden: {reason}")
-        os._exit(FORBIDDEN)
+        send(self.report, reason=f"forbidden: {reason}"[:300])
+        _exit(FORBIDDEN)
 
 
-def send(report: int, **entries: Any) -> None:
-    """Writes the report."""
-    os.write(report, json.dumps(entries).encode() + b"\n")
+def send(report: int, **entries: str) -> None:
+    """Writes the report, in one short line."""
+    _write(report, _encode(entries).encode() + b"\n")
 
 
 def redirect(folder: str) -> int:
-    """Standard input at its end and output into a file of the folder; the descriptor that was standard output."""
+    """Standard input at its end and output into a file without a name; the descriptor that was standard output."""
     report = os.dup(1)
     nothing = os.open(os.devnull, os.O_RDONLY)
-    output = os.open(os.path.join(folder, "output.txt"), os.O_WRONLY | os.O_CREAT)
+    name = os.path.join(folder, "output")
+    output = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    os.unlink(name)  # the program's folder is its own
     os.dup2(nothing, 0)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -91,7 +127,7 @@ def redirect(folder: str) -> int:
     return report
 
 
-def set_limits(limits: dict[str, int]) -> None:
+def set_limits(limits: dict[str, Any]) -> None:
     """Seconds of CPU, bytes of memory and of a file, open files; no core files."""
     seconds = limits["cpu_seconds"]
     values = {
@@ -106,7 +142,8 @@ def set_limits(limits: dict[str, int]) -> None:
 
 
 def confine_self(request: dict[str, Any]) -> None:
-    """Limits, privileges, files, system calls; see `dllm.coding.confine`."""
+    """Clock, limits, privileges, files, system calls; see `dllm.coding.confine`."""
+    confine.set_alarm(request["limits"]["seconds"] + _GRACE_SECONDS)
     set_limits(request["limits"])
     confine.drop_privileges()
     version = confine.restrict_files(request["folder"], request["readable"]) if request["landlock"] else 0
@@ -118,7 +155,8 @@ def reason_of(error: BaseException, tests: str) -> str:
     text = " ".join(traceback.format_exception_only(type(error), error)[-1].split())
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == _TESTS]
     if isinstance(error, AssertionError) and not str(error) and frames:
-        text += f": {tests.splitlines()[(frames[-1].lineno or 1) - 1].strip()}"
+        line = tests.split("\n")[(frames[-1].lineno or 1) - 1]
+        text += f": {line.strip()}"
     return text[:300]
 
 
@@ -130,22 +168,29 @@ def main() -> NoReturn:
     try:
         confine_self(request)
     except (confine.ConfinementError, ValueError) as error:
-        send(report, setup=str(error))
-        os._exit(SETUP_FAILED)
+        send(report, setup=str(error)[:300], nonce=request["nonce"])
+        _exit(SETUP_FAILED)
 
     def tell(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         send(report, reason=reason_of(error, tests))
 
     sys.excepthook = tell
+    # Not __main__: a program's own demonstration is not run. A module, so that classes can be looked up and pickled.
+    module = types.ModuleType("solution")
+    sys.modules[module.__name__] = module
     sys.addaudithook(Guard(request["folder"], report))
-    # Not __main__: a program's own demonstration is not run.
-    names: dict[str, Any] = {"__name__": "solution"}
-    exec(compile(request["program"], "<program>", "exec"), names)
-    exec(compile(tests, _TESTS, "exec"), names)
-    sys.stdout.flush()
+    exec(compile(request["program"], "<program>", "exec", dont_inherit=True), vars(module))
+    exec(compile(tests, _TESTS, "exec", dont_inherit=True), vars(module))
+    finish(report, request)
+
+
+def finish(report: int, request: dict[str, Any]) -> NoReturn:
+    """Reports that the end was reached, and ends: no handler and no thread of the program has a say any more."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
     most = request["limits"]["file_bytes"]
     if os.fstat(1).st_size >= most:  # the error that this raised was caught
         send(report, reason=f"prints more than {most >> 10} KiB")
     else:
         send(report, nonce=request["nonce"])
-    os._exit(0)  # no handler of the program, and no thread of it, has a say any more
+    _exit(0)

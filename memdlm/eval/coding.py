@@ -198,7 +198,7 @@ def judge(options: CodeOptions, problems: Sequence[Problem], file: ResultFile, c
             result.reason = None if base else "evalplus: a test failed"
         file.write()
         return
-    console.print(check_sandbox(), highlight=False)
+    console.print(check_sandbox(options.limits()), highlight=False)
     _run_all(options, waiting, file)
 
 

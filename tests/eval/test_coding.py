@@ -13,7 +13,6 @@ from dllm.coding import evalplus
 from dllm.coding.extract import build_program
 from dllm.coding.problems import load_problems
 from dllm.coding.results import Result, ResultFile, share, summarise, table
-from dllm.coding.sandbox import check_sandbox
 from dllm.models.auto import load_model, load_tokenizer
 from dllm.models.tiny import make_tiny_checkpoint
 from dllm.utils import InputError, one_line_errors, parse_args
@@ -76,13 +75,6 @@ def _solve(tmp_path) -> None:
     path.write_text(json.dumps(kept))
 
 
-def _needs_sandbox() -> None:
-    try:
-        check_sandbox()
-    except InputError as error:
-        pytest.skip(str(error))
-
-
 @pytest.mark.parametrize("prompt", ["chat", "raw"])
 def test_answers_are_those_of_the_decoder(run, model, data, prompt: str) -> None:
     summary, kept = run("--prompt", prompt, "--batch_size", "2", "--threshold", "0.5")
@@ -106,8 +98,7 @@ def test_answers_are_those_of_the_decoder(run, model, data, prompt: str) -> None
     assert summary["mean_nfe"] == pytest.approx(sum(entry["nfe"] for entry in entries.values()) / 3)
 
 
-def test_programs_are_run_only_where_it_is_allowed(run, tmp_path) -> None:
-    _needs_sandbox()
+def test_programs_are_run_only_where_it_is_allowed(run, tmp_path, confining_kernel) -> None:
     run()
     _solve(tmp_path)
     summary, kept = run()
@@ -123,8 +114,7 @@ def test_programs_are_run_only_where_it_is_allowed(run, tmp_path) -> None:
     assert kept["execution"]["seconds"] == 5.0
 
 
-def test_finished_work_is_not_done_again(run, tmp_path, monkeypatch) -> None:
-    _needs_sandbox()
+def test_finished_work_is_not_done_again(run, tmp_path, monkeypatch, confining_kernel) -> None:
     _, first = run("--limit", "2", "--allow_code_execution", "True")
     assert {entry["task_id"] for entry in first["results"]} == {"Own/double", "Own/half"}
     _, full = run("--allow_code_execution", "True", "--batch_size", "3")
