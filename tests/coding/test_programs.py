@@ -91,13 +91,63 @@ def test_only_definitions_and_what_they_need_are_kept() -> None:
         "class A:\n    pass\nif __name__ == '__main__':\n    f(1)\n"
     )
     assert clean(source, {"f"}) == (
-        "import os, sys; print(sys)\nBASE = 2\nLIMIT: int = BASE * 5\n@staticmethod\ndef f(x):\n"
-        "    '''Text\nat the left.'''\n    return x < LIMIT\nclass A:\n    pass\n"
+        "BASE = 2\nLIMIT: int = BASE * 5\n@staticmethod\ndef f(x):\n"
+        "    '''Text\nat the left.'''\n    return x < LIMIT\n"
     )
+    assert clean(source, {"A", "sys"}) == "import os, sys; print(sys)\nclass A:\n    pass\n"
+    assert clean("print(1)\ndef f(): pass\nclass A: pass\n", {"g"}) == "def f(): pass\nclass A: pass\n"
     assert clean("table = {}\n", {"table"}) == "table = {}\n" and clean("table = {}\n", set()) == ""
     assert clean("def f(:", {"f"}) == "def f(:"
     for strange in ("\0", "(" * 5000, "def f():\n\treturn 1\n        return 2", ""):
         assert clean(strange, set()) == strange
+
+
+@pytest.mark.parametrize(
+    ("needed", "further"),
+    [
+        ("try:\n    from math import prod\nexcept ImportError:\n    prod = None\ndef f():\n    return prod\n", ""),
+        ("import sys\nsys.setrecursionlimit(9999)\ndef f():\n    return 1\n", "import os\n"),
+        ("TABLE = []\nfor i in range(3):\n    TABLE.append(i)\ndef f():\n    return TABLE\n", "i = input()\n"),
+        ("import heapq\nHEAP = [2, 1]\nheapq.heapify(HEAP)\ndef f():\n    return HEAP\n", "print(HEAP)\n"),
+        ("MEMO = {}\nMEMO[0] = 1\nMEMO.update(a=1)\ndef f(n=MEMO):\n    return n\n", "n = input()\n"),
+        ("def f(x):\n    y = x\n    return [z for z in y]\n", "x = y = z = input()\n"),
+        ("count = 0\ndef f():\n    global count\n    count += 1\n    return g()\ndef g():\n    pass\n", "g()\n"),
+        ("def f(x):\n    pass\n@f.register(int)\ndef _(x):\n    pass\n", "f.__doc__\n"),
+        ("def f(x: 'A'):\n    return eval('h')\ndef h(): pass\nclass A: pass\n", ""),
+        ("class A:\n    def f(self):\n        return B\nclass B: pass\nf = A().f\n", "a = A()\na.f()\n"),
+        ("def f():\n    pass\nf.cache = {}\nf = print(f) or f\n", "class TestF(unittest.TestCase):\n    f = f\n"),
+        ("X = 'a\u2028b\x1cc'\ndef f():\n    return X\n", "print(X)\n"),
+    ],
+)
+def test_what_is_needed_is_kept_and_nothing_else(needed: str, further: str) -> None:
+    assert clean(needed + further + "assert f()\nif __name__ == '__main__':\n    f = 1\n", {"f"}) == needed
+
+
+def test_code_in_several_blocks(disc) -> None:
+    other, use = "def half(x):\n    return x / 2\n", "print(area(2))\n"
+    calls = "def area(r):\n    return half(6.28) * r * r\n"
+    fenced = "Text:\n```python\n{}```\n"
+    for blocks in ((other, calls, use), (use, calls, other), (use, other, calls, DISC, "def half(:\n")):
+        names: dict = {}
+        exec(build_program(disc, "".join(map(fenced.format, blocks)), "chat"), names)
+        assert names["area"](1) == pytest.approx(3.14)
+    assert find_code("".join(map(fenced.format, (use, other, DISC)))) == f"{other}\n{DISC}"
+
+
+def test_future_imports_come_first(disc) -> None:
+    code = "from __future__ import annotations\nimport sys\n\ndef area(r: unknown):\n    return math.pi\n"
+    names: dict = {}
+    exec(compile(build_program(disc, f"```python\n{code}```", "chat"), "p", "exec", dont_inherit=True), names)
+    assert names["area"](1) == pytest.approx(3.1416, abs=1e-3) and names["helper"](1) == 2
+
+
+def test_strange_programs_come_back() -> None:
+    for source in (
+        "x = " + "-" * 900 + "1\ndef f(): pass\n",
+        "f = " + "(" * 90 + ")" * 90 + "\n",
+        "f = 1" + "+1" * 900,
+    ):
+        assert clean(source, {"f"}) in (source, f"{source}\n", "def f(): pass\n")
 
 
 def test_what_follows_the_code_is_cut(disc) -> None:
