@@ -6,6 +6,7 @@ is how many rows to take; the keys are those of SourceOptions and `config` (of a
 
 import dataclasses
 import json
+import math
 import random
 import re
 from collections import Counter
@@ -52,6 +53,8 @@ class SourceOptions:
             value = vars(self)[name]
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
+        if self.min_score is not None and math.isnan(self.min_score):
+            raise InputError("min_score must be a number, got nan")
         if (self.prompt is None) != (self.response is None):
             raise InputError("prompt and response are columns of one row: give both, or neither")
 
@@ -145,14 +148,19 @@ def parse_source(spec: str) -> Source:
     return Source(match["name"], int(match["count"]), SourceOptions(**given), loading)
 
 
+def _layout(source: Source, columns: Sequence[str]) -> str | None:
+    """Name of the known layout that a source has; None: it has none, or the user names its columns."""
+    fits = (name for name, (needed, _) in LAYOUTS.items() if set(needed) <= set(columns))
+    return None if source.options.prompt is not None else next(fits, None)
+
+
 def _fill(source: Source, columns: Sequence[str], by_layout: Mapping[str, Mapping[str, Any]]) -> SourceOptions:
     """The source's options over the preset's over those of its layout.
 
     Raises:
         InputError: a column that is not there, a filter without its column, or a column without its filter.
     """
-    fits = (name for name, (needed, _) in LAYOUTS.items() if set(needed) <= set(columns))
-    layout = None if source.options.prompt is not None else next(fits, None)
+    layout = _layout(source, columns)
     base = SourceOptions() if layout is None else LAYOUTS[layout][1]
     given = {name: value for name, value in vars(source.options).items() if value is not None}
     options = dataclasses.replace(base, **{**by_layout.get(layout or "", {}), **given})
@@ -161,9 +169,11 @@ def _fill(source: Source, columns: Sequence[str], by_layout: Mapping[str, Mappin
         if column is not None and column not in columns:
             raise InputError(f"{source.name}: there is no column {column!r}; columns found: {', '.join(columns)}")
     for filter_name, column in (("min_score", "score"), ("all_pass", "results")):
-        if vars(options)[filter_name] and vars(options)[column] is None:
+        asked = vars(options)[filter_name]
+        is_asked = asked is not None and asked is not False  # a score of 0 is asked for, too
+        if is_asked and vars(options)[column] is None:
             raise InputError(f"{source.name}: {filter_name} needs the column to look at: add &{column}=COLUMN")
-        if column in given and not vars(options)[filter_name]:
+        if column in given and not is_asked:
             raise InputError(f"{source.name}: {column} has no effect without {filter_name}: give both, or drop it")
     return options
 
@@ -251,7 +261,12 @@ class Mixer:
 
     def _take(self, source: Source, index: int) -> list[dict[str, Any]]:
         found, columns = _shuffled(source, index, self.settings)
-        options = _fill(source, columns, self.by_layout)
+        options, layout = _fill(source, columns, self.by_layout), _layout(source, columns)
+        if self.by_layout and layout not in self.by_layout:
+            logger.warning(
+                f"{source.name}: NONE of the preset's filters is applied, its columns ({', '.join(columns)}) are of no "
+                f"layout that the preset knows: {_known(self.by_layout)}; give filters of your own, ?key=value"
+            )
         dropped: Counter[str] = Counter()
         taken: list[dict[str, Any]] = []
         num_read = 0
@@ -269,7 +284,7 @@ class Mixer:
                     break
         counts = {"read": num_read, "taken": len(taken), "dropped": dict(sorted(dropped.items()))}
         used = {name: value for name, value in vars(options).items() if value is not None}
-        self.report.append({"source": source.name, "asked": source.count, **counts, "options": used})
+        self.report.append({"source": source.name, "asked": source.count, **counts, "layout": layout, "options": used})
         if not taken:
             raise InputError(
                 f"{source.name}: none of its {num_read:,} rows is left ({_listed(dropped)}): loosen a filter"
@@ -324,6 +339,10 @@ class Mixer:
         if most is None or tokenizer is None:
             return False
         return len(default_sft_map_fn({"messages": messages}, tokenizer=tokenizer)["input_ids"]) > most
+
+
+def _known(by_layout: Mapping[str, Any]) -> str:
+    return "; ".join(f"{name} ({', '.join(LAYOUTS[name][0])})" for name in by_layout)
 
 
 def _listed(dropped: Mapping[str, int]) -> str:

@@ -1,4 +1,4 @@
-"""Which texts are the same, and which repeat a benchmark: on words alone, without case, punctuation or layout."""
+"""Which texts are the same, but for case and white space, and which repeat the words of a benchmark."""
 
 import hashlib
 import re
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 _WORD = re.compile(r"[^\W_]+")
 NGRAM_WORDS = 13  # as in the decontamination of GPT-3 (arXiv 2005.14165, appendix C)
+_TASK_BEGINS = (("write", "a", "function", "to"), ("write", "a", "python", "function", "to"))
 FEWEST_WORDS = 6  # shorter benchmark prompts say too little: only a prompt that equals them repeats them
 
 
@@ -16,19 +17,19 @@ def words(text: str) -> list[str]:
 
 
 def digest(parts: Iterable[str]) -> bytes:
-    """16 bytes that stand for a sequence of words."""
-    return hashlib.blake2b(" ".join(parts).encode(), digest_size=16).digest()
+    """16 bytes that stand for a sequence of words without white space."""
+    return hashlib.blake2b(" ".join(parts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 class Seen:
-    """Which prompts came before, by their words."""
+    """Which prompts came before, but for case and white space. Signs count: x + 1 is not x - 1."""
 
     def __init__(self) -> None:
         self._digests: set[bytes] = set()
 
     def add(self, prompt: str) -> bool:
         """Whether the prompt is new; from now on it is not."""
-        key = digest(words(prompt))
+        key = digest(prompt.casefold().split())
         is_new = key not in self._digests
         self._digests.add(key)
         return is_new
@@ -39,7 +40,7 @@ class LeakFilter:
 
     A row leaks if its prompt or its answer holds NGRAM_WORDS words in a row that a benchmark prompt holds too; of a
     shorter benchmark prompt, all its words in a row. One of fewer than FEWEST_WORDS words must be the whole prompt of
-    the row.
+    the row. A benchmark prompt also counts without "Write a (Python) function to" at its beginning.
 
     Args:
         prompts: of the benchmarks.
@@ -51,22 +52,31 @@ class LeakFilter:
         self.num_prompts = 0
         for prompt in prompts:
             self.num_prompts += 1
-            found = words(prompt)
-            if len(found) < FEWEST_WORDS:
-                self._whole.add(digest(found))
-                continue
-            length = min(len(found), NGRAM_WORDS)
-            self._by_length.setdefault(length, set()).update(_ngrams(found, length))
+            for found in _wordings(words(prompt)):
+                self._add(found)
+
+    def _add(self, found: Sequence[str]) -> None:
+        if len(found) < FEWEST_WORDS:
+            self._whole.add(digest(found))
+            return
+        length = min(len(found), NGRAM_WORDS)
+        self._by_length.setdefault(length, set()).update(_ngrams(found, length))
 
     def leaks(self, prompt: str, answer: str) -> bool:
         """Whether a row repeats a benchmark prompt."""
-        if digest(words(prompt)) in self._whole:
+        if any(digest(found) in self._whole for found in _wordings(words(prompt))):
             return True
         return any(
             not known.isdisjoint(_ngrams(found, length))
             for found in (words(prompt), words(answer))
             for length, known in self._by_length.items()
         )
+
+
+def _wordings(found: Sequence[str]) -> list[Sequence[str]]:
+    """The words, and if they begin as a task does, what the task is."""
+    begins = next((len(start) for start in _TASK_BEGINS if tuple(found[: len(start)]) == start), 0)
+    return [found, found[begins:]] if 0 < begins < len(found) else [found]
 
 
 def _ngrams(found: Sequence[str], length: int) -> set[bytes]:

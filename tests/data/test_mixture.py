@@ -108,8 +108,8 @@ def test_each_filter_drops_its_rows_and_is_counted(write_jsonl) -> None:
         _code(6, input=""),
         _code(7, input="x" * 40),
         _code(8, output="def f(): return '" + "x" * 60 + "'"),
-        _code(0, input="ADD 0,  and (one)"),
-        _code(9, average_test_score=None, input="add 10 and one"),
+        _code(0, input="  ADD 0\n and ONE."),
+        _code(9, average_test_score=None, input="add 10 and one."),
         _code(10),
     ]
     path = write_jsonl("code.jsonl", rows)
@@ -187,14 +187,59 @@ def test_too_few_rows_are_told(write_jsonl, caplog, monkeypatch) -> None:
 
 def test_words_ignore_case_punctuation_and_layout() -> None:
     assert words("Add: two_numbers,\n\tplease! (2 * 3)") == ["add", "two", "numbers", "please", "2", "3"]
+
+
+def test_prompts_are_the_same_but_for_case_and_white_space() -> None:
     seen = Seen()
-    assert seen.add("Add two numbers.") and not seen.add("  add TWO,numbers") and seen.add("Add three numbers.")
+    assert seen.add("Add two numbers.") and not seen.add("  add\tTWO\n numbers.") and seen.add("Add three numbers.")
+    for prompt in (
+        "x^2 + 5x = 6",
+        "x^2 - 5x = 6",
+        "x\u00b2 - 5x = 6",
+        "3 * 4",
+        "3 / 4",
+        "3.4",
+        "34",
+        "3 < 4",
+        "3 > 4",
+        "\ud800",
+    ):
+        assert seen.add(prompt) and not seen.add(f" {prompt}\n"), prompt
+
+
+def test_a_score_of_0_is_a_filter_too(write_jsonl) -> None:
+    rows = [{"question": f"q{score}", "answer": "a", "score": score} for score in (-1, 0, 1, float("nan"))]
+    path = write_jsonl("scores.jsonl", rows)
+    taken, (report,) = _mix(f"{path}?min_score=0&score=score:4")
+    assert sorted(_prompts(taken)) == ["q0", "q1"] and report["dropped"] == {"score": 2}
+    with pytest.raises(InputError, match="min_score needs the column to look at"):
+        _mix(f"{path}?min_score=0:4")
+    with pytest.raises(InputError, match="min_score must be a number, got nan"):
+        parse_source("a.jsonl?min_score=nan:4")
+    assert len(_mix(f"{path}?all_pass=False:4")[0]) == 4
+    with pytest.raises(InputError, match="results has no effect without all_pass"):
+        _mix(f"{path}?all_pass=False&results=score:4")
+
+
+def test_a_preset_says_where_it_filters_nothing(write_jsonl, caplog, monkeypatch) -> None:
+    monkeypatch.setattr("dllm.data.mixture.logger.propagate", True)
+    known, other = (
+        write_jsonl("known.jsonl", [_maths(1)]),
+        write_jsonl("other.jsonl", [{"prompt": "p", "completion": "c"}]),
+    )
+    with caplog.at_level("WARNING"):
+        _, (first, second) = _mix(f"{known}:1", f"{other}:1", preset="c40m60")
+    assert (first["layout"], second["layout"]) == ("open_math_instruct_2", None)
+    assert "other.jsonl: NONE of the preset's filters is applied, its columns (prompt, completion) are" in caplog.text
+    assert "known.jsonl" not in caplog.text
 
 
 def _leaks_naively(benchmarks: list[str], prompt: str, answer: str) -> bool:
-    for benchmark in map(words, benchmarks):
+    begins = re.compile("^write a (python )?function to ")
+    versions = [begins.sub("", " ".join(words(text))).split() for text in benchmarks]
+    for benchmark in (*map(words, benchmarks), *versions):
         if len(benchmark) < FEWEST_WORDS:
-            if benchmark == words(prompt):
+            if benchmark in (words(prompt), begins.sub("", " ".join(words(prompt))).split()):
                 return True
             continue
         length = min(len(benchmark), NGRAM_WORDS)
@@ -207,7 +252,13 @@ def _leaks_naively(benchmarks: list[str], prompt: str, answer: str) -> bool:
 
 def test_leaks_are_long_runs_of_a_benchmarks_words() -> None:
     long = " ".join(f"w{index}" for index in range(20))
-    benchmarks = [long, "write a function that doubles every number", "sort a list"]
+    benchmarks = [
+        long,
+        "write a function that doubles every number",
+        "sort a list",
+        "Write a function to swap two numbers.",
+    ]
+    benchmarks.append("Write a python function to find the largest of all given odd numbers")
     leaks = LeakFilter(benchmarks).leaks
     run = " ".join(f"W{index}," for index in range(4, 4 + NGRAM_WORDS))
     cases = {
@@ -218,6 +269,13 @@ def test_leaks_are_long_runs_of_a_benchmarks_words() -> None:
         ("Write a function that doubles every other number", "x"): False,
         ("Sort a list.", "x"): True,
         ("How do I sort a list of names?", "sort a list"): False,
+        ("Write a function to sort a list.", "x"): True,
+        ("Write a Python function to swap two numbers", "x"): True,
+        ("Swap two numbers", "x"): True,
+        ("Swap two numbers, please", "x"): False,
+        ("Write a function to find the largest of all given odd numbers", "x"): True,
+        ("Now find the largest of all given odd numbers!", "x"): True,
+        ("Write a python function to find the largest of all given even numbers", "x"): False,
     }
     for (prompt, answer), leaking in cases.items():
         assert leaks(prompt, answer) is leaking is _leaks_naively(benchmarks, prompt, answer), prompt
