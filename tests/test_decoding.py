@@ -87,12 +87,12 @@ def test_every_setting_of_the_sampler_is_a_flag() -> None:
 def test_every_setting_of_the_block_sampler_is_a_flag() -> None:
     words = {
         "max_new_tokens": 7,
-        "block_size": 3,
+        "block_size": 6,
         "temperature": 0.5,
         "seed": 4,
         "early_stop": True,
         "histories": True,
-        "sub_block_size": 1,
+        "sub_block_size": 3,
         "steps_per_block": 2,
         "min_transfer": 2,
         "threshold": 0.7,

@@ -344,6 +344,15 @@ def test_presets_are_settings(make_model, name: str) -> None:
         {"editing_threshold": -0.1},
         {"max_post_steps": -1, "editing_threshold": 0.5},
         {"max_post_steps": 3},
+        {"sub_block_size": 2.0},
+        {"sub_block_size": True},
+        {"steps_per_block": 1.5},
+        {"min_transfer": 1.5},
+        {"min_transfer": None},
+        {"top_k": 3.0, "temperature": 1.0},
+        {"max_post_steps": 2.0, "editing_threshold": 0.5},
+        {"block_size": True},
+        {"max_new_tokens": None},
     ],
 )
 def test_bad_settings(settings: dict) -> None:
@@ -361,6 +370,16 @@ def test_bad_input(make_model) -> None:
         sampler.sample([[1]], BlockSamplerConfig(max_new_tokens=4, block_size=4, sub_block_size=3))
     with pytest.raises(ValueError, match="sub_block_size=64 does not divide block_size=32"):
         sampler.sample([[1]], BlockSamplerConfig(max_new_tokens=4, sub_block_size=64))
+    for settings, message in (
+        ({"min_transfer": 9}, "min_transfer=9 has no effect beyond sub_block_size=8"),
+        ({"steps_per_block": 3}, "steps_per_block=3 cannot be kept with sub_block_size=8: .* one of 4 sub-blocks"),
+    ):
+        config = BlockSamplerConfig(max_new_tokens=4, sub_block_size=8, **settings)
+        with pytest.raises(ValueError, match=message):
+            sampler.check_fit(config)  # the block size is the family's
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(config, block_size=32)
+        sampler.check_fit(dataclasses.replace(config, sub_block_size=16, min_transfer=16))
     with pytest.raises(ValueError, match="padding at the end"):
         sampler.infill(torch.tensor([[1, MASK, 2]]), None, torch.tensor([[0, 1, 1]]))
     with pytest.raises(ValueError, match="early_stop has no effect"):

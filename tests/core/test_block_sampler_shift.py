@@ -220,6 +220,25 @@ def test_every_step_sees_one_block(make_model) -> None:
     assert output.cache_forwards is not None and output.cache_forwards.tolist() == [3]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_blocks_of_one_token_are_decoded_from_left_to_right(make_model, use_cache: bool) -> None:
+    model = make_model("fast_dllm_v2").double()
+    config = BlockSamplerConfig(max_new_tokens=6, block_size=1, use_cache=use_cache)
+    output = _sampler(model).sample(_prompts()[:5], config)
+    assert output.answers is not None and output.nfe is not None and output.cache_forwards is not None
+    for row, prompt in enumerate(_prompts()[:5]):
+        ids = torch.tensor(prompt)
+        for _ in range(6):
+            logits = model(input_ids=ids[None], attention_mask=block_causal_mask(len(ids), 1)).logits[0, -1]
+            logits[MASK] = -torch.inf
+            ids = torch.cat([ids, logits.argmax()[None]])
+        assert output.answers[row].tolist() == ids[len(prompt) :].tolist()
+        # One token per denoising forward; the prompt without its last token is computed before.
+        assert (output.nfe[row], output.cache_forwards[row]) == (6, use_cache and len(prompt) > 1)
+    assert output.tokens_per_forward.tolist() == [1.0] * 5 and output.batch_forwards == 6
+
+
 def test_sub_blocks_are_filled_in_from_left_to_right(make_model) -> None:
     sampler = _sampler(make_model("fast_dllm_v2").double())
     config = BlockSamplerConfig(max_new_tokens=16, block_size=8, sub_block_size=2, histories=True)

@@ -295,7 +295,7 @@ def test_the_cost_is_an_upper_bound_that_plain_decoding_reaches(make_harness, ca
         {"steps": 5, "min_transfer": 3},
         {"sub_block_size": 2},
         {"sub_block_size": 2, "steps": 2},
-        {"sub_block_size": 2, "min_transfer": 3},
+        {"sub_block_size": 2, "min_transfer": 2},
         {"threshold": 0.2, "editing_threshold": 0.1, "max_post_steps": 2},
     ):
         harness = make_harness(block_size=4, early_stop=False, **arguments)
@@ -396,6 +396,11 @@ def test_a_bidirectional_family_needs_the_block_size_it_was_trained_with(tmp_pat
         ({"editing_threshold": 1.5}, r"editing_threshold must be in \[0, 1\]"),
         ({"threshold": 0}, r"threshold must be in \(0, 1\]"),
         ({"top_p": 1.0}, r"top_p must be in \(0, 1\)"),
+        ({"sub_block_size": 3, "block_size": 8}, "sub_block_size=3 does not divide block_size=8"),
+        (
+            {"sub_block_size": 8, "preset": "quality", "steps": 2},
+            "steps_per_block=2 cannot be kept with sub_block_size=8",
+        ),
         ({"max_post_steps": 3}, "max_post_steps has no effect without editing_threshold"),
         ({"top_k": 3, "temperature": 0}, "have no effect at temperature 0"),
         ({"preset": "llada"}, "preset 'llada' is unknown: choose one of quality, speed"),

@@ -167,6 +167,26 @@ def test_what_changes_a_likelihood_and_what_does_not(make, monkeypatch, changed,
     assert harness.get_model_info()["num_requests"] - harness.get_model_info()["num_resumed"] == anew
 
 
+@pytest.mark.parametrize("change", ["fewer", "more"])
+def test_answers_of_another_version_are_asked_anew(make, decoded, tmp_path, capsys, change: str):
+    folder = tmp_path / "answers"
+    make(answers_dir=str(folder)).generate_until(requests("generate_until"))
+    path = folder / "answers-0.jsonl"
+    first, *rest = path.read_text().splitlines()
+    entry = json.loads(first)
+    if change == "fewer":
+        del entry["cache_forwards"]
+    else:
+        entry["num_wonders"] = 3
+    path.write_text("\n".join([json.dumps(entry), *rest]) + "\n")
+    decoded.clear()
+    capsys.readouterr()
+    make(answers_dir=str(folder)).generate_until(requests("generate_until"))
+    told = capsys.readouterr().err
+    assert "1 line(s) made by another version ignored; asked again" in told and "damaged" not in told
+    assert len(decoded) == 1
+
+
 def test_memory_settings_count_and_prompts_per_pass_do_not(make, decoded):
     settings = {"mem_enabled": True, "mem_inner_rank": 2, "mem_inner_layer_fraction": 0.5}
     make(**settings).generate_until(requests("generate_until"))

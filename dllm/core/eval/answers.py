@@ -54,30 +54,35 @@ class AnswerStore:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"answers_dir {folder} cannot be made ({error}): name another folder") from error
-        damaged = sum(self._read(path) for path in sorted(self.folder.glob("answers-*.jsonl")))
-        if damaged:
-            say(f"{self.folder}: {damaged} damaged line(s) ignored (an earlier run was cut off); asked again")
+        self._num_damaged = self._num_foreign = 0
+        for path in sorted(self.folder.glob("answers-*.jsonl")):
+            self._read(path)
+        if self._num_damaged:
+            say(f"{self.folder}: {self._num_damaged} damaged line(s) ignored (an earlier run was cut off); asked again")
+        if self._num_foreign:
+            say(f"{self.folder}: {self._num_foreign} line(s) made by another version ignored; asked again")
         path = self.folder / f"answers-{rank}.jsonl"
         is_cut = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
         self._file = path.open("a", encoding="utf-8")
         if is_cut:
             self._file.write("\n")  # else the next answer would be damaged too
 
-    def _read(self, path: pathlib.Path) -> int:
-        """Takes in a file; how many of its lines are damaged."""
-        names = {field.name for field in dataclasses.fields(Answer)}
-        damaged = 0
-        for line in path.read_bytes().splitlines():
+    def _read(self, path: pathlib.Path) -> None:
+        """Takes in a file, and counts the lines that are no answers."""
+        names = {"key", *(field.name for field in dataclasses.fields(Answer))}
+        for line in filter(bytes.strip, path.read_bytes().splitlines()):
             try:
-                entry = json.loads(line) if line.strip() else None
+                entry = json.loads(line)
             except ValueError:
-                damaged += 1
+                self._num_damaged += 1
                 continue
-            if isinstance(entry, dict) and names < set(entry):
-                self._answers[entry["key"]] = Answer(**{name: entry[name] for name in names})
-            elif entry is not None:
-                damaged += 1
-        return damaged
+            if not isinstance(entry, dict):
+                self._num_damaged += 1  # the rest of a line may be JSON too
+            elif set(entry) == names:
+                key = entry.pop("key")
+                self._answers[key] = Answer(**entry)
+            else:
+                self._num_foreign += 1
 
     def get(self, key: str) -> Answer | None:
         """The answer kept under `key`."""

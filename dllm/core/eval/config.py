@@ -248,3 +248,16 @@ def check_choices(config: Any) -> None:
         value = getattr(config, name)
         if allowed and value not in allowed and not (value is None and type(None) in kinds):
             raise InputError(f"{name} is {value!r}: choose one of {', '.join(map(str, allowed))}")
+
+
+def read_batch_size(batch_size: int | str, max_batch_size: int | None) -> int:
+    """Rows per forward, from the flags of lm-eval.
+
+    Raises:
+        InputError: no whole number of at least 1, or a search for one.
+    """
+    if max_batch_size is not None:
+        raise InputError("--max_batch_size belongs to a search that is not made: drop it and give --batch_size")
+    if not str(batch_size).isdecimal() or int(batch_size) < 1:
+        raise InputError(f"--batch_size {batch_size}: give a whole number of at least 1 (there is no automatic search)")
+    return int(batch_size)

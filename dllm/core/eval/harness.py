@@ -19,25 +19,20 @@ from transformers import PreTrainedTokenizerBase
 
 from dllm.core.eval.answers import Answer, AnswerStore, request_key
 from dllm.core.eval.checkpoints import load, refuse_loading_arguments, stamps
-from dllm.core.eval.config import BaseEvalConfig, parse_model_args
+from dllm.core.eval.config import BaseEvalConfig, parse_model_args, read_batch_size
 from dllm.core.eval.generation import read_gen_kwargs
 from dllm.core.eval.jobs import GenerationJob, Job, Kind, LikelihoodJob, decoding_batches
 from dllm.core.eval.likelihood import Item, Scorer, item_states
 from dllm.core.eval.processes import choose_device, device_name, join_processes
-from dllm.core.eval.progress import Cost, Totals, progress_bar, say
+from dllm.core.eval.progress import Cost, Totals, interruptible, progress_bar, say
 from dllm.core.eval.protocol import ProcessLM
 from dllm.core.eval.scoring import Scoring
 from dllm.core.eval.text import answer_text, encode, encode_pair, encode_prompt, fit, prefix_token_id, rolling_windows
 from dllm.core.noising import derive_seed
 from dllm.core.samplers import BaseSampler, BaseSamplerConfig
 from dllm.models.backbone import unwrap
-from dllm.utils.parsing import InputError
 
 AnyJob = TypeVar("AnyJob", bound=Job)
-
-
-class Interrupted(KeyboardInterrupt):
-    """The run was interrupted; the message says what was kept and how to go on."""
 
 
 class BaseEvalHarness(ProcessLM):
@@ -75,7 +70,7 @@ class BaseEvalHarness(ProcessLM):
         if model is not None:
             model_args.setdefault("pretrained", unwrap(model).name_or_path or type(model).__name__)
         self.config = parse_model_args(self.config_class, model_args)
-        self.batch_size = _batch_size(batch_size, max_batch_size)
+        self.batch_size = read_batch_size(batch_size, max_batch_size)
         if model is None:
             self._device = choose_device(device)
             join_processes(self._device)
@@ -280,7 +275,7 @@ class BaseEvalHarness(ProcessLM):
         for job in jobs:
             if job.key in found:
                 self._keep(kind, job, found[job.key], results)
-        with self._interruptible(kind, results), progress_bar(len(todo), kind) as bar:
+        with interruptible(kind, results, self.config.answers_dir), progress_bar(len(todo), kind) as bar:
             for job, answer in work(todo):
                 self._answers.add(job.key, answer)
                 self._totals.fresh_tokens += answer.num_tokens
@@ -303,22 +298,6 @@ class BaseEvalHarness(ProcessLM):
         if answer.without_memory is not None:
             listed = {"request": str(job.args[0])[:60], "reason": answer.without_memory}
             self._totals.without_memory += [listed] * len(job.requests)
-
-    @contextlib.contextmanager
-    def _interruptible(self, kind: Kind, results: Sequence[Any]) -> Iterator[None]:
-        try:
-            yield
-        except KeyboardInterrupt as error:
-            done = sum(result is not None for result in results)
-            folder = self.config.answers_dir
-            kept = (
-                f"kept in {folder}; the same command goes on from there"
-                if folder is not None
-                else "not kept: give answers_dir=FOLDER among the model arguments to keep them"
-            )
-            raise Interrupted(
-                f"interrupted: {done} of {len(results)} {kind} requests of this process are answered and {kept}"
-            ) from error
 
     def _cost(self, kind: Kind, jobs: Sequence[Job]) -> Cost:
         greedy = self.config.check_greedy and kind == "loglikelihood"
@@ -406,11 +385,3 @@ class BaseEvalHarness(ProcessLM):
 def _pair(request: Instance) -> tuple[str, dict[str, Any]]:
     text, gen_kwargs = request.args  # pyright: ignore[reportAssignmentType] (annotated as an empty tuple)
     return text, gen_kwargs
-
-
-def _batch_size(batch_size: int | str, max_batch_size: int | None) -> int:
-    if max_batch_size is not None:
-        raise InputError("--max_batch_size belongs to a search that is not made: drop it and give --batch_size")
-    if not str(batch_size).isdecimal() or int(batch_size) < 1:
-        raise InputError(f"--batch_size {batch_size}: give a whole number of at least 1 (there is no automatic search)")
-    return int(batch_size)

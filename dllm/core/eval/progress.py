@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +23,33 @@ def progress_bar(total: int, kind: str) -> tqdm:
     """A bar over requests, with the time that is left; shown on the main process only. The longest requests come
     first, so that time is overestimated rather than underestimated."""
     return tqdm(total=total, desc=kind, unit="request", disable=not is_main_process(), dynamic_ncols=True)
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was interrupted; the message says what was kept and how to go on."""
+
+
+@contextlib.contextmanager
+def interruptible(kind: str, results: Sequence[Any], answers_dir: str | None) -> Iterator[None]:
+    """A block in which Ctrl-C becomes an `Interrupted`.
+
+    Args:
+        kind: of the requests.
+        results: None for those that are not answered yet, looked at when it happens.
+        answers_dir: where answers are kept; None: nowhere.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        done = sum(result is not None for result in results)
+        kept = (
+            f"kept in {answers_dir}; the same command goes on from there"
+            if answers_dir is not None
+            else "not kept: give answers_dir=FOLDER among the model arguments to keep them"
+        )
+        raise Interrupted(
+            f"interrupted: {done} of {len(results)} {kind} requests of this process are answered and {kept}"
+        ) from error
 
 
 @dataclass

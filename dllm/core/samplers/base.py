@@ -26,6 +26,16 @@ Prompt = Sequence[int] | torch.Tensor
 Observer = Callable[[torch.Tensor], None]
 
 
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Nothing, if the setting `name` is a whole number, not below `least`.
+
+    Raises:
+        InputError: it is another one, or something else.
+    """
+    if type(value) is not int or value < least:
+        raise InputError(f"{name} must be at least {least} and a whole number, got {value!r}")
+
+
 @dataclass
 class BaseSamplerConfig:
     """Settings that all samplers share.
@@ -44,10 +54,10 @@ class BaseSamplerConfig:
     histories: bool = False  # keep the state after every step
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "block_size", "steps"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise InputError(f"{name} must be at least 1 and a whole number, got {value}")
+        check_count("max_new_tokens", self.max_new_tokens)
+        for name in ("block_size", "steps"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
         if not 0 <= self.temperature < math.inf:
             raise InputError(f"temperature must be at least 0 and finite, got {self.temperature}")
 
@@ -64,7 +74,7 @@ class BaseSamplerOutput:
     # classifier-free guidance counts twice. Forwards that only other rows of the batch needed do not count.
     nfe: torch.Tensor | None = None
     # [B] int64: what a row needed besides. Forwards that fill a cache and nothing else; with shifted logits those over
-    # a finished block, which give the first token of the next one.
+    # a finished block, which give the first token of the next one (in blocks of one token they are all there is: nfe).
     cache_forwards: torch.Tensor | None = None
     # int64, no dimensions: denoising forwards of the batch, those that at least one row needed.
     batch_forwards: torch.Tensor | None = None

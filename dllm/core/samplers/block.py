@@ -143,11 +143,9 @@ class BlockSampler(BaseSampler):
         """Nothing, if the model can be decoded with these settings.
 
         Raises:
-            InputError: sub-blocks that do not divide the block; editing where logits are shifted.
+            InputError: sub-blocks that do not fit (`BlockSamplerConfig.check_parts`); editing where logits are shifted.
         """
-        size, part = self.block_size(config), config.sub_block_size
-        if part is not None and size % part:
-            raise InputError(f"sub_block_size={part} does not divide block_size={size}: choose a divisor")
+        config.check_parts(self.block_size(config))
         if self.spec.logit_shift and config.editing_threshold is not None:
             raise InputError(
                 f"{self.spec.name} predicts a token where the one before it stands, so the first token of a block "
@@ -222,7 +220,8 @@ class BlockSampler(BaseSampler):
             may_edit=may_edit.gather(1, order),
             had_masks=masked.any(dim=1),
             leads=leads,
-            reveals=rows.active & ~leads & (counts > 0),
+            # Blocks of one token have no forward but those that lead.
+            reveals=rows.active & (~leads | (rows.size == 1)) & (counts > 0),
             first=(first - rows.size).clamp(min=0) if restates else first,
             width=2 * rows.size if restates else rows.size,
             end=highest + rows.size,

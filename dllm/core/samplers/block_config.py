@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dllm.core.samplers.base import BaseSamplerConfig
+from dllm.core.samplers.base import BaseSamplerConfig, check_count
 from dllm.utils.parsing import InputError
 
 
@@ -18,6 +18,7 @@ class BlockSamplerConfig(BaseSamplerConfig):
     """
 
     # Only the earliest sub-block of this many positions that has masks may be filled in; a divisor of the block size.
+    # A step fills in one at most: min_transfer must not be larger, steps_per_block not less than the sub-blocks.
     sub_block_size: int | None = None  # None: the whole block
     steps_per_block: int | None = None  # a block's masks are spread over this many steps; None: one mask per step
     min_transfer: int = 1  # masks that a step fills in at least, at least 1
@@ -32,15 +33,15 @@ class BlockSamplerConfig(BaseSamplerConfig):
         super().__post_init__()
         if self.steps is not None:
             raise InputError("steps has no effect on block decoding: give steps_per_block")
+        for name in ("sub_block_size", "steps_per_block", "top_k"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        check_count("min_transfer", self.min_transfer)
+        check_count("max_post_steps", self.max_post_steps, least=0)
         rules = (
-            ("sub_block_size", self.sub_block_size is None or self.sub_block_size >= 1, "at least 1"),
-            ("steps_per_block", self.steps_per_block is None or self.steps_per_block >= 1, "at least 1"),
-            ("min_transfer", self.min_transfer >= 1, "at least 1"),
             ("threshold", self.threshold is None or 0 < self.threshold <= 1, "in (0, 1]"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
             ("top_p", self.top_p is None or 0 < self.top_p < 1, "in (0, 1)"),
             ("editing_threshold", self.editing_threshold is None or 0 <= self.editing_threshold <= 1, "in [0, 1]"),
-            ("max_post_steps", self.max_post_steps >= 0, "at least 0"),
         )
         for name, holds, wanted in rules:
             if not holds:
@@ -49,6 +50,30 @@ class BlockSamplerConfig(BaseSamplerConfig):
             raise InputError("top_k and top_p have no effect at temperature 0: drop them or raise the temperature")
         if self.editing_threshold is None and self.max_post_steps != type(self).max_post_steps:
             raise InputError("max_post_steps has no effect without editing_threshold: drop it")
+        if self.block_size is not None:
+            self.check_parts(self.block_size)
+
+    def check_parts(self, block_size: int) -> None:
+        """Nothing, if the sub-blocks fit into blocks of this size and the other settings act on them.
+
+        Raises:
+            InputError: they do not divide the block; a step would fill in more than a sub-block.
+        """
+        part = self.sub_block_size
+        if part is None:
+            return
+        if block_size % part:
+            raise InputError(f"sub_block_size={part} does not divide block_size={block_size}: choose a divisor")
+        if self.min_transfer > part:
+            raise InputError(
+                f"min_transfer={self.min_transfer} has no effect beyond sub_block_size={part}, which a step stays in: "
+                "lower it or drop sub_block_size"
+            )
+        if self.steps_per_block is not None and self.steps_per_block < block_size // part:
+            raise InputError(
+                f"steps_per_block={self.steps_per_block} cannot be kept with sub_block_size={part}: a step stays in "
+                f"one of {block_size // part} sub-blocks; give at least as many steps or drop sub_block_size"
+            )
 
 
 # Published settings by name; every other field has its default.
