@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from dllm.core.attention import block_causal_mask
-from dllm.models import spec_of
+from dllm.models import FAST_DLLM_V2, spec_of
 from dllm.models.auto import load_model, load_tokenizer
 from dllm.models.tiny import make_tiny_checkpoint, train_tokenizer
 from dllm.tools.convert_ar import ConvertArguments, convert
