@@ -14,9 +14,10 @@ from torch import nn
 from transformers import Cache, PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dllm.models.backbone import Backbone, DiffusionLM, Mask
+from dllm.models.backbone import Mask
 from dllm.models.layers import AttentionMixin, RMSNorm, RotaryEmbedding, SwiGLU, pick, plain_rope_theta
 from dllm.models.moe import RouterRecorder
+from dllm.models.standard import StandardBackbone, StandardLM
 
 _UNSUPPORTED = "unsupported Fast-dLLM v2 configuration"
 # Fields of the configuration that are whole numbers of at least 1.
@@ -182,7 +183,7 @@ class Fast_dLLM_QwenLayer(GradientCheckpointingLayer):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
-class Fast_dLLM_QwenModel(Backbone):
+class Fast_dLLM_QwenModel(StandardBackbone):
     """Backbone of Fast-dLLM v2."""
 
     config_class = Fast_dLLM_QwenConfig
@@ -197,22 +198,8 @@ class Fast_dLLM_QwenModel(Backbone):
         self.rotary_emb = RotaryEmbedding(config.head_width, config.rope_theta)
         self.post_init()
 
-    @property
-    def embedding(self) -> nn.Embedding:
-        """The token embedding."""
-        return self.embed_tokens
 
-    @property
-    def final_norm(self) -> RMSNorm:
-        """The norm before the head."""
-        return self.norm
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replaces the token embedding."""
-        self.embed_tokens = value
-
-
-class Fast_dLLM_QwenForCausalLM(DiffusionLM):
+class Fast_dLLM_QwenForCausalLM(StandardLM):
     """Fast-dLLM v2 with its head; parameter names and shapes are those of Qwen2 and of the published checkpoints."""
 
     config_class = Fast_dLLM_QwenConfig
@@ -225,19 +212,3 @@ class Fast_dLLM_QwenForCausalLM(DiffusionLM):
         self.model = Fast_dLLM_QwenModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [..., V] of hidden states [..., D] taken after the final norm."""
-        return self.lm_head(hidden)
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replaces the token embedding."""
-        self.model.embed_tokens = value
-
-    def get_output_embeddings(self) -> nn.Linear:
-        """The head; it shares its weight with the embedding where they are tied."""
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Replaces the head."""
-        self.lm_head = new_embeddings

@@ -11,9 +11,10 @@ from torch import nn
 from transformers import Cache, PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dllm.models.backbone import Backbone, DiffusionLM, Mask
+from dllm.models.backbone import Mask
 from dllm.models.layers import AttentionMixin, RMSNorm, RotaryEmbedding, SwiGLU, pick, plain_rope_theta
 from dllm.models.moe import GroupedMoE, RouterRecorder
+from dllm.models.standard import StandardBackbone, StandardLM
 
 # Fields of related models with the only values that this one knows.
 FIXED_FIELDS = {"norm_topk_prob": True, "score_function": "sigmoid", "moe_router_enable_expert_bias": True}
@@ -214,7 +215,7 @@ class LLaDA2MoeLayer(GradientCheckpointingLayer):
         return hidden + self.mlp(normed)
 
 
-class LLaDA2MoeModel(Backbone):
+class LLaDA2MoeModel(StandardBackbone):
     """Backbone of LLaDA2."""
 
     config_class = LLaDA2MoeConfig
@@ -233,17 +234,12 @@ class LLaDA2MoeModel(Backbone):
         """The token embedding."""
         return self.word_embeddings
 
-    @property
-    def final_norm(self) -> RMSNorm:
-        """The norm before the head."""
-        return self.norm
-
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replaces the token embedding."""
         self.word_embeddings = value
 
 
-class LLaDA2MoeModelLM(DiffusionLM):
+class LLaDA2MoeModelLM(StandardLM):
     """LLaDA2 with its head; parameter names and shapes are those of the published checkpoints."""
 
     config_class = LLaDA2MoeConfig
@@ -255,19 +251,3 @@ class LLaDA2MoeModelLM(DiffusionLM):
         self.model = LLaDA2MoeModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [..., V] of hidden states [..., D] taken after the final norm."""
-        return self.lm_head(hidden)
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replaces the token embedding."""
-        self.model.word_embeddings = value
-
-    def get_output_embeddings(self) -> nn.Linear:
-        """The head."""
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Replaces the head."""
-        self.lm_head = new_embeddings

@@ -11,9 +11,10 @@ from transformers import Cache, PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
-from dllm.models.backbone import Backbone, DiffusionLM, Mask
+from dllm.models.backbone import Mask
 from dllm.models.layers import AttentionMixin, RMSNorm, RotaryEmbedding, SwiGLU, pick, plain_rope_theta
 from dllm.models.moe import RouterRecorder, SparseMoE
+from dllm.models.standard import StandardBackbone, StandardLM
 
 logger = logging.get_logger(__name__)
 
@@ -225,7 +226,7 @@ class LLaDAMoELayer(GradientCheckpointingLayer):
         return hidden + output
 
 
-class LLaDAMoEModel(Backbone):
+class LLaDAMoEModel(StandardBackbone):
     """Backbone of LLaDA-MoE."""
 
     config_class = LLaDAMoEConfig
@@ -239,22 +240,8 @@ class LLaDAMoEModel(Backbone):
         self.rotary_emb = RotaryEmbedding(config.rotary_dim, config.rope_theta)
         self.post_init()
 
-    @property
-    def embedding(self) -> nn.Embedding:
-        """The token embedding."""
-        return self.embed_tokens
 
-    @property
-    def final_norm(self) -> RMSNorm:
-        """The norm before the head."""
-        return self.norm
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replaces the token embedding."""
-        self.embed_tokens = value
-
-
-class LLaDAMoEModelLM(DiffusionLM):
+class LLaDAMoEModelLM(StandardLM):
     """LLaDA-MoE with its head; parameter names and shapes are those of the published checkpoints."""
 
     config_class = LLaDAMoEConfig
@@ -265,19 +252,3 @@ class LLaDAMoEModelLM(DiffusionLM):
         self.model = LLaDAMoEModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [..., V] of hidden states [..., D] taken after the final norm."""
-        return self.lm_head(hidden)
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replaces the token embedding."""
-        self.model.embed_tokens = value
-
-    def get_output_embeddings(self) -> nn.Linear:
-        """The head."""
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Replaces the head."""
-        self.lm_head = new_embeddings

@@ -13,9 +13,10 @@ from transformers import Cache, PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dllm.models.backbone import Backbone, DiffusionLM, FamilyModel, Mask
+from dllm.models.backbone import FamilyModel, Mask
 from dllm.models.layers import AttentionMixin, RotaryEmbedding, pick, plain_rope_theta
 from dllm.models.moe import RouterRecorder
+from dllm.models.standard import StandardBackbone, StandardLM
 
 
 class RotaryEncoderConfig(PreTrainedConfig):
@@ -129,7 +130,7 @@ class _Drawn(FamilyModel):
             super()._init_weights(module)
 
 
-class RotaryEncoderModel(_Drawn, Backbone):
+class RotaryEncoderModel(_Drawn, StandardBackbone):
     """Backbone of a rotary encoder."""
 
     config_class = RotaryEncoderConfig
@@ -143,22 +144,8 @@ class RotaryEncoderModel(_Drawn, Backbone):
         self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope_theta)
         self.post_init()
 
-    @property
-    def embedding(self) -> nn.Embedding:
-        """The token embedding."""
-        return self.embed_tokens
 
-    @property
-    def final_norm(self) -> nn.LayerNorm:
-        """The norm before the head."""
-        return self.norm
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replaces the token embedding."""
-        self.embed_tokens = value
-
-
-class RotaryEncoderLM(_Drawn, DiffusionLM):
+class RotaryEncoderLM(_Drawn, StandardLM):
     """A rotary encoder with its head."""
 
     model: RotaryEncoderModel
@@ -171,19 +158,3 @@ class RotaryEncoderLM(_Drawn, DiffusionLM):
         self.model = RotaryEncoderModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [..., V] of hidden states [..., D] taken after the final norm."""
-        return self.lm_head(hidden)
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replaces the token embedding."""
-        self.model.embed_tokens = value
-
-    def get_output_embeddings(self) -> nn.Linear:
-        """The head."""
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Replaces the head."""
-        self.lm_head = new_embeddings
