@@ -7,7 +7,7 @@ Shapes: B rows, L positions, N masked positions of the batch, D hidden, V vocabu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -202,18 +202,13 @@ def unroll(
         if channel is None:
             output = network(step, noised_ids, is_masked, positions)
         else:
-            if step % config.window == 0 and state is not None:
-                state = RelayState(state.hidden.detach(), state.is_set)
             assert state is not None
+            if step % config.window == 0:
+                state = replace(state, hidden=state.hidden.detach())
             with channel.passing(state):
                 output = network(step, noised_ids, is_masked, positions)
-            assert channel.taken is not None
-            hidden = channel.taken[:, :length]
-            passed = hidden
-            if watch_gradient and (step + 1) % config.window:
-                passed = gradients.watch(channel.taken, length)
-            state = RelayState(passed, torch.ones_like(state.is_set))
-            channel.taken = None  # not kept alive until the next call
+            watched = gradients if watch_gradient and (step + 1) % config.window else None
+            hidden, state = _handed_on(channel, state, length, watched)
         assert output.logits is not None
         nll = token_nll(output.logits, input_ids.reshape(-1)[positions])
         counts = is_masked.sum(dim=1)
@@ -225,8 +220,7 @@ def unroll(
         ratios.append(counts.sum() / num_maskable)
         chosen = torch.zeros_like(is_masked)
         if config.states == "rollout":
-            with torch.no_grad():
-                chosen = rule(output.logits.detach(), positions, is_masked, (*seed_parts, step))
+            chosen = rule(output.logits.detach(), positions, is_masked, (*seed_parts, step))
         revealed.append(chosen.sum())
         is_masked = is_masked & ~chosen
     return Unrolled(
@@ -241,3 +235,14 @@ def unroll(
         hidden=hidden,
         gradients=gradients,
     )
+
+
+def _handed_on(
+    channel: RelayChannel, state: RelayState, length: int, watched: GradientShare | None
+) -> tuple[torch.Tensor, RelayState]:
+    """(state [B, L, D] that the forward left, what the next one gets); the channel keeps nothing of it alive."""
+    taken, channel.taken = channel.taken, None
+    assert taken is not None
+    hidden = taken[:, :length]  # under block diffusion the noised half
+    passed = hidden if watched is None else watched.watch(taken, length)
+    return hidden, RelayState(passed, torch.ones_like(state.is_set))
