@@ -9,12 +9,8 @@ folder appears under its name only when complete.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import pathlib
-import shutil
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -26,6 +22,7 @@ from dllm.models import FAST_DLLM_V2, Fast_dLLM_QwenConfig, Fast_dLLM_QwenForCau
 from dllm.models.auto import DTYPES
 from dllm.models.checkpoint import check_weights, find_file, one_line, read_shapes, stored_dtype, weight_files
 from dllm.utils.args import ModelArguments, resolve_with_base_env
+from dllm.utils.folders import new_folder
 from dllm.utils.logging import get_default_logger
 from dllm.utils.parsing import InputError, one_line_errors, parse_args
 from dllm.utils.tokens import token_id
@@ -59,7 +56,7 @@ def convert(args: ConvertArguments) -> pathlib.Path:
     source = resolve_with_base_env(args.model_name_or_path, "BASE_MODELS_DIR")
     qwen = _read_qwen_config(source)
     config = _make_config(source, qwen, args.block_size)
-    with _new_folder(pathlib.Path(args.output)) as folder:
+    with new_folder(pathlib.Path(args.output), "--output") as folder:
         model, tokenizer = _convert(source, qwen, config, args.dtype)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -151,29 +148,6 @@ def _enlarge(model: Fast_dLLM_QwenForCausalLM, num_rows: int) -> None:
     for table in (model.get_input_embeddings(), model.get_output_embeddings()):
         weight = table.weight
         weight[size:] = weight[:size].double().mean(dim=0).to(weight.dtype)
-
-
-@contextlib.contextmanager
-def _new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder to be filled inside the block, which is named `folder` if the block ends without an error: written
-    beside and renamed, so that an interrupted run leaves no half checkpoint behind.
-
-    Raises:
-        InputError: there is something already; it cannot be made.
-    """
-    try:
-        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-            raise InputError(f"--output {folder} holds something already: delete it, or give a new folder")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = pathlib.Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
-    except OSError as error:
-        raise InputError(f"--output {folder} cannot be made ({one_line(error)}): give another folder") from error
-    try:
-        yield partial
-        partial.chmod(0o755)  # mkdtemp's folders are private
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def main() -> None:
