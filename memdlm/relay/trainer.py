@@ -185,7 +185,8 @@ class RelayTrainer(MDLMTrainer):
         self.buffer.refill(self.source.take)
         rows = self.buffer.rows
         assert rows is not None
-        return self.laid_out(rows.input_ids, rows.maskable, rows.is_masked, rows.example_id, rows.attention_mask)
+        batch = self.laid_out(rows.input_ids, rows.maskable, rows.is_masked, rows.example_id, rows.attention_mask)
+        return {**batch, "num_tokens": rows.num_tokens}
 
     def laid_out(self, input_ids, maskable, is_masked, example_id, attention_mask) -> Batch:
         """What a collator would make of a state: masked tokens count alike, so t is each row's share of them."""

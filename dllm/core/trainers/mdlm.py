@@ -19,13 +19,8 @@ from dllm.core.losses import NormType, WeightType, loss_weights, normalise, row_
 from dllm.core.modes import evaluating, frozen
 from dllm.core.schedulers import BaseAlphaScheduler, get_alpha_scheduler_class, make_alpha_scheduler
 from dllm.core.trainers.editing import Editor
-from dllm.core.trainers.meters import (
-    NLLMetric,
-    OnEvaluateMetricsCallback,
-    PPLMetric,
-    StepClock,
-    peak_memory_mib,
-)
+from dllm.core.trainers.guard import NonFiniteGuard
+from dllm.core.trainers.meters import BatchCounts, NLLMetric, OnEvaluateMetricsCallback, PPLMetric, StepClock
 from dllm.data.collators import Batch, NoisingCollator, PaddingCollator
 from dllm.models.backbone import unwrap
 from dllm.models.relay_norm import relay_keys, save_relay_keys, warn_idle_relay
@@ -58,6 +53,10 @@ class MDLMConfig(EditSettings, TrainingArguments):
             "sequence = maskable positions of the row times rows, batch = rows."
         },
     )
+    stop_on_nonfinite_loss: bool = field(
+        default=True,
+        metadata={"help": "Stop where the training loss is nan or infinite, and save the batch to OUTPUT_DIR."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,7 +83,7 @@ class MDLMTrainer(transformers.Trainer):
         compute_loss                             the objective, on the collator's masks, head on masked positions only
         prediction_step, evaluation_loop         likelihood and perplexity over all ranks
         get_eval_dataloader, get_test_dataloader masks that do not change between evaluations
-        training_step, log                       empty batches, seconds per step and peak memory in the log
+        training_step, log                       the guard; tokens, seconds per step and peak memory in the log
         train                                    the norm of a relay that is off is not trained
 
     Args:
@@ -146,10 +145,13 @@ class MDLMTrainer(transformers.Trainer):
         if train_collator.editing is not None:
             self.editor = Editor(train_collator.editing.replacements, self.args.device)
             self.eval_metrics.metrics.update(self.editor.eval_metrics())
-        # Counted on the device and read when logging: reading it in every step would wait for the device.
-        self._num_empty_batches = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        self.counts = BatchCounts(self.args.device)
         for callback in (self.clock, self.eval_metrics, _SetEpoch(train_collator)):
             self.add_callback(callback)
+        self.guard: NonFiniteGuard | None = None
+        if self.args.stop_on_nonfinite_loss:
+            self.guard = NonFiniteGuard(str(self.args.output_dir), self.args.device, self._sum_over_ranks)
+            self.add_callback(self.guard)
 
     @property
     def uses_relay(self) -> bool:
@@ -258,9 +260,12 @@ class MDLMTrainer(transformers.Trainer):
         return self.editor.fill(edited, logits)
 
     def training_step(self, model, inputs: Batch, num_items_in_batch=None) -> torch.Tensor:
-        """As in Trainer; also counts batches with nothing maskable."""
-        self._num_empty_batches += (inputs["num_maskable"].sum() == 0).to(self.args.device)
-        return super().training_step(model, inputs, num_items_in_batch)
+        """As in Trainer; also counts tokens and empty batches, and shows the loss to the guard."""
+        self.counts.add(inputs)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.guard is not None and self.is_in_train:
+            self.guard.add(loss, inputs)
+        return loss
 
     def prediction_step(self, model, inputs: Batch, prediction_loss_only: bool, ignore_keys=None):
         """(loss, None, None): logits of a diffusion LM at random masks are of no use to compute_metrics."""
@@ -324,17 +329,22 @@ class MDLMTrainer(transformers.Trainer):
             save_relay_keys(output_dir or str(self.args.output_dir), keys)
 
     def training_logs(self) -> dict[str, float]:
-        """Seconds per step since the last call, peak memory, the number of empty batches if there are any, and with
-        editing what `Editor.logs` says, over all ranks."""
+        """Seconds per step and tokens of all ranks per second of the steps since the last call; peak memory of the rank
+        that has used most; the number of empty batches if there are any; with editing what `Editor.logs` says."""
         self.logged_seconds, steps = self.clock.read()
-        logs = {"step_seconds": round(self.logged_seconds / steps, 4)} if steps else {}
-        logs["peak_memory_mib"] = round(peak_memory_mib(self.args.device), 1)
-        num_empty = int(self._num_empty_batches)
-        if num_empty:
-            logs["empty_batches"] = num_empty
+        counts = self.counts.read(self._gather_ranks)
+        logs = {"peak_memory_mib": round(counts["peak_memory_bytes"] / 2**20, 1)}
+        if steps:
+            logs["step_seconds"] = round(self.logged_seconds / steps, 4)
+            logs["tokens_per_second"] = round(counts["num_tokens"] / self.logged_seconds, 1)
+        if counts["empty_batches"]:
+            logs["empty_batches"] = counts["empty_batches"]
         if self.editor is not None:
             logs.update(self.editor.logs(self._sum_over_ranks))
         return logs
+
+    def _gather_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.gather(values)  # pyright: ignore[reportReturnType]
 
     def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(values, reduction="sum")  # pyright: ignore[reportReturnType]

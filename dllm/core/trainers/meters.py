@@ -1,10 +1,11 @@
-"""Meters: negative log-likelihood and perplexity over all ranks, seconds per step, peak memory."""
+"""Meters: negative log-likelihood and perplexity over all ranks, seconds per step, tokens, peak memory."""
 
 from __future__ import annotations
 
 import resource
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -106,6 +107,40 @@ class StepClock(transformers.TrainerCallback):
         """(seconds, number of steps) since the last call."""
         seconds, self._seconds = self._seconds, []
         return sum(seconds), len(seconds)
+
+
+class BatchCounts:
+    """What went through training: kept on the device until `read`, so that no step waits for it.
+
+    Args:
+        device: where the sums are kept.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._sums = torch.zeros(2, dtype=torch.int64, device=device)
+
+    def add(self, batch: dict[str, Any]) -> None:
+        """Adds a collated batch: `num_tokens` and `num_maskable`, int64 [B]."""
+        counts = torch.stack([batch["num_tokens"].sum(), (batch["num_maskable"].sum() == 0).long()])
+        self._sums += counts.to(self.device)
+
+    def read(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, int]:
+        """Over all ranks: {"num_tokens", "empty_batches", "peak_memory_bytes"}.
+
+        num_tokens: tokens before padding, prompts included, since the last call; a row counts once however often a step
+            looks at it.
+        empty_batches: batches with nothing maskable so far.
+        peak_memory_bytes: `peak_memory_mib` of the rank that has used most.
+
+        Args:
+            gather: int64 [1, 3] of this rank -> [ranks, 3].
+        """
+        peak = torch.tensor([int(peak_memory_mib(self.device) * 2**20)], device=self.device)
+        ranks = gather(torch.cat([self._sums, peak])[None])
+        self._sums[0] = 0
+        tokens, empty, _ = ranks.sum(dim=0).tolist()
+        return {"num_tokens": tokens, "empty_batches": empty, "peak_memory_bytes": int(ranks[:, 2].max())}
 
 
 class DeviceTimer:
