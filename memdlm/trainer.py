@@ -7,12 +7,11 @@ from dataclasses import dataclass, make_dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import IntervalStrategy
 
 from dllm.core.trainers.bd3lm import BD3LMConfig, BD3LMTrainer
-from dllm.core.trainers.mdlm import MDLMConfig, MDLMTrainer, refuse_torch_compile
+from dllm.core.trainers.engines import refuse_fsdp1, refuse_torch_compile, shards_weights
+from dllm.core.trainers.mdlm import MDLMConfig, MDLMTrainer
 from dllm.core.trainers.meters import DeviceTimer, MeanMetric
 from dllm.data.collators import Batch, NoisingCollator
 from dllm.utils.logging import get_default_logger
@@ -71,7 +70,7 @@ class MemDLMTrainer(MDLMTrainer):
     (docs/memory.md).
 
     Raises:
-        InputError: torch.compile, FSDP or ZeRO-3 together with memory, or the errors of `ParametricMemory`.
+        InputError: torch.compile or FSDP1 together with memory, or the errors of `ParametricMemory`.
     """
 
     MemDLMConfig = MemDLMConfig
@@ -85,13 +84,16 @@ class MemDLMTrainer(MDLMTrainer):
         self.memory: ParametricMemory | None = None
         if not self.memory_config.enabled:
             return
-        self._refuse_engines()
+        refuse_torch_compile(self, "memory")
+        refuse_fsdp1(self, "memory")
         assert self.model is not None
         self.memory = ParametricMemory(self.model, self.memory_config, self.scheduler_alpha)
+        self.memory.lockstep = shards_weights(self)
         fast = self.memory.fast
+        sharded = " and gathers sharded weights layer by layer" if self.memory.lockstep else ""
         logger.info(
             f"memory: {len(fast.targets)} linears from layer {self.memory.start} on, {fast.numel:,} fast weights; "
-            "written inside the forward, which shares the layers below"
+            f"written inside the forward, which shares the layers below{sharded}"
         )
         if self.memory_config.scope == "row" and self.memory_config.inner_target == "response":
             self._warn(
@@ -110,14 +112,6 @@ class MemDLMTrainer(MDLMTrainer):
         if self.is_world_process_zero():
             logger.warning(message)
 
-    def _refuse_engines(self) -> None:
-        refuse_torch_compile(self, "memory")
-        sharded = self.is_fsdp_enabled or (
-            self.accelerator.distributed_type == DistributedType.DEEPSPEED and is_deepspeed_zero3_enabled()
-        )
-        if sharded:
-            raise InputError("memory with sharded parameters (FSDP, ZeRO-3) is not available yet: use DDP")
-
     def make_collator(self, pad, args: MemDLMConfig, tokenizer, stream: str) -> NoisingCollator:
         """A `MemoryCollator`, or with memory off the plain one."""
         if not self.memory_config.enabled:
@@ -132,9 +126,11 @@ class MemDLMTrainer(MDLMTrainer):
         training = model.training
         observed = training and self._logs_this_step
         self.memory.timer = self._timer if training and self._reads_timer else contextlib.nullcontext()
-        # A block of its own: weights that autocast copies here, without gradients, must not reach the forward below.
-        with self.accelerator.autocast():
-            prefixes = self.memory.prefixes(plan)
+        prefixes = None
+        if not self.memory.lockstep:
+            # A block of its own: weights that autocast copies here, without gradients, must not reach the forward below.
+            with self.accelerator.autocast():
+                prefixes = self.memory.prefixes(plan)
         seed_parts = ("train", self.state.global_step) if training else ("eval",)
         with self.memory.writing(
             plan,

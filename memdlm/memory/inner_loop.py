@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -36,11 +36,15 @@ class Network:
         there, [N, D].
     head: hidden states [n, D] -> logits [n, V].
     vocabulary: V.
+    lockstep: the ranks of a run share out the weights and gather them call by call, so that every rank must make the
+        same calls: one with nothing to predict goes through them all the same, and the head is called once for all
+        positions.
     """
 
     hidden_at: Callable[[int, torch.Tensor], torch.Tensor]
     head: Callable[[torch.Tensor], torch.Tensor]
     vocabulary: int
+    lockstep: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,10 @@ def _gradient(
     """(gradient [G, P], losses [G], number of rows with nothing to predict, rows left out [B]), detached."""
     positions = step.loss_positions
     if len(positions) == 0:
+        if network.lockstep:
+            # The result is thrown away.
+            first = positions.new_zeros(1)
+            _gradient(fast, phi, plan, replace(step, loss_positions=first, targets=first), network, config, scheduler)
         none = torch.zeros(plan.num_rows, device=phi.device)
         return torch.zeros_like(phi), torch.zeros_like(phi[:, 0]), (none + 1).sum(), none
     with torch.enable_grad():
@@ -176,6 +184,8 @@ def _losses_and_slopes(
     """
     objective = OBJECTIVES[config.inner_loss_type].function
     size = chunk_rows(network.vocabulary, student.device, HEAD_CPU_CHUNK_LOGITS)
+    if network.lockstep:
+        size = len(student)
 
     @torch.no_grad()
     def fixed_head(hidden: torch.Tensor) -> torch.Tensor:

@@ -108,6 +108,8 @@ class ParametricMemory:
         self.report: InnerReport | None = None  # of the last write
         # Around prefixes and inner loops; a DeviceTimer measures them.
         self.timer: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        # See `Network.lockstep`: set where an engine shares out the weights over ranks.
+        self.lockstep = False
         # Around forwards on states of their own (prompts): whoever carries a state from forward to forward stops here.
         self.alone: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
@@ -294,7 +296,7 @@ class ParametricMemory:
     def writing(
         self,
         plan: InnerPlan,
-        prefixes: Prefixes,
+        prefixes: Prefixes | None,
         initial: torch.Tensor,
         *,
         reduce_gradient: Reduce | None = None,
@@ -309,7 +311,8 @@ class ParametricMemory:
 
         Args:
             plan: what to write (made for the batch of that forward).
-            prefixes: what `prefixes(plan)` gave.
+            prefixes: what `prefixes(plan)` gave; None: made at the split point, inside the forward, where an engine that
+                shards the weights is ready to gather them.
             initial: phi_0 [G, P] (see `initial`).
             reduce_gradient: see `memdlm.memory.inner_loop.fit`.
             before_write, after_write: called with (hidden, layer inputs) at the split point, without and with the
@@ -322,8 +325,9 @@ class ParametricMemory:
         def callback(hidden: torch.Tensor, layer_inputs: LayerInputs) -> torch.Tensor:
             anchor = hidden.detach()
             self.reset()
+            known = self.prefixes(plan) if prefixes is None else prefixes
             self._observe(before_write, anchor, layer_inputs)
-            self._write(plan, prefixes, anchor, layer_inputs, initial, reduce_gradient)
+            self._write(plan, known, anchor, layer_inputs, initial, reduce_gradient)
             self._observe(after_write, anchor, layer_inputs)
             return hidden
 
@@ -353,6 +357,8 @@ class ParametricMemory:
     def hidden_at(self, hidden: torch.Tensor, layer_inputs: LayerInputs, positions: torch.Tensor) -> torch.Tensor:
         """What the head needs for `readout`: hidden states after the final norm, [N, D]."""
         if len(positions) == 0:  # a batch without a masked position
+            if self.lockstep:
+                return self.hidden_at(hidden, layer_inputs, positions.new_zeros(1) + self.spec.logit_shift)[:0]
             return hidden.flatten(0, 1)[positions]
         recomputes = any(layer.gradient_checkpointing for layer in self.backbone.layers)
         checkpoint = self.config.inner_gradient_checkpointing and recomputes
@@ -386,7 +392,7 @@ class ParametricMemory:
                 hidden = anchor
             return self.hidden_at(hidden, layer_inputs, positions)
 
-        network = Network(hidden_at, self.lm.head, self.lm.config.vocab_size)
+        network = Network(hidden_at, self.lm.head, self.lm.config.vocab_size, self.lockstep)
         with self.timer, evaluating(self.lm), contextlib.ExitStack() as undo:
             undo.callback(self.reset)  # an error must leave no half-written memory to the next prompt
             self.report = fit(self.fast, initial, plan, network, self.config, self.scheduler, reduce_gradient)

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 from dllm.core.losses import WeightType
 from dllm.core.noising import flat_positions
 from dllm.core.trainers.bd3lm import BD3LMConfig, BD3LMTrainer
-from dllm.core.trainers.mdlm import MDLMConfig, MDLMTrainer, refuse_torch_compile
+from dllm.core.trainers.engines import refuse_torch_compile
+from dllm.core.trainers.mdlm import MDLMConfig, MDLMTrainer
 from dllm.core.trainers.meters import MeanMetric
 from dllm.data.collators import Batch
 from dllm.models.backbone import unwrap

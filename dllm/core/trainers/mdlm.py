@@ -10,7 +10,6 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from accelerate.utils import DynamoBackend
 from peft import PeftModel
 from torch.utils.data import Dataset, IterableDataset
 
@@ -18,6 +17,7 @@ from dllm.core.editing import MASKED, EditPlanner, EditSettings
 from dllm.core.losses import NormType, WeightType, loss_weights, normalise, row_sums, token_nll
 from dllm.core.modes import evaluating, frozen
 from dllm.core.schedulers import BaseAlphaScheduler, get_alpha_scheduler_class, make_alpha_scheduler
+from dllm.core.trainers.artifacts import save_model_card, save_record
 from dllm.core.trainers.editing import Editor
 from dllm.core.trainers.guard import NonFiniteGuard
 from dllm.core.trainers.meters import BatchCounts, NLLMetric, OnEvaluateMetricsCallback, PPLMetric, StepClock
@@ -323,10 +323,20 @@ class MDLMTrainer(transformers.Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        folder = output_dir or str(self.args.output_dir)
+        save_record(folder, self, self.lm)
+        save_model_card(folder, self, self.lm)
         keys = relay_keys(self.lm.config)
         # PEFT saves the relay's norm with an adapter, but not how it is used.
         if keys is not None and isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
-            save_relay_keys(output_dir or str(self.args.output_dir), keys)
+            save_relay_keys(folder, keys)
+
+    def create_model_card(self, **given: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As in Trainer, with the text and the arguments of `save_model_card`."""
+        if self.is_world_process_zero():
+            save_model_card(str(self.args.output_dir), self, self.lm, **given)
 
     def training_logs(self) -> dict[str, float]:
         """Seconds per step and tokens of all ranks per second of the steps since the last call; peak memory of the rank
@@ -392,20 +402,6 @@ def with_example_ids(dataset: Any) -> Any:
             return dataset
         return dataset.add_column("example_id", list(range(len(dataset))))
     return _WithExampleIds(dataset) if len(dataset) and "example_id" not in dataset[0] else dataset
-
-
-def refuse_torch_compile(trainer: transformers.Trainer, what: str) -> None:
-    """Nothing, if the trainer does not compile its model.
-
-    Raises:
-        InputError: it does, and `what` works through calls that compiled code may leave out.
-    """
-    plugin = trainer.accelerator.state.dynamo_plugin
-    if trainer.args.torch_compile or (plugin is not None and plugin.backend != DynamoBackend.NO):
-        raise InputError(
-            f"{what} and torch.compile cannot be combined (compiled code ignores hooks): drop --torch_compile, and "
-            "dynamo_backend from the launcher's settings"
-        )
 
 
 def _check_settings(args: TrainingArguments, trainer_options: dict[str, Any]) -> None:
