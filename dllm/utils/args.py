@@ -6,14 +6,14 @@ A knob is a dataclass field; its help says the unit, the range and what None mea
 import dataclasses
 import logging
 import os
-import pathlib
 from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
 import transformers
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from dllm.utils.checkpoints import resolve_for_all
 from dllm.utils.distributed import is_main_process, world_size
 from dllm.utils.logging import get_default_logger
 from dllm.utils.parsing import InputError
@@ -35,6 +35,19 @@ def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
 def _at_least(flag: str, value: float | None, least: float) -> None:
     if value is not None and value < least:
         raise InputError(f"--{flag} is {value} but must be at least {least}")
+
+
+# Trackers whose package has another name.
+_TRACKER_PACKAGES = {"azure_ml": "azureml-mlflow", "flyte": "flytekit"}
+
+
+def _check_trackers(names: list[str]) -> None:
+    # transformers would find out when the trainer is built, after the model has been loaded, with a RuntimeError.
+    for name in names:
+        _one_of("report_to", name, ("none", "all", *INTEGRATION_TO_CALLBACK))
+        if name not in get_available_reporting_integrations():
+            package = _TRACKER_PACKAGES.get(name, name)
+            raise InputError(f"--report_to {name} needs a package that is not installed: pip install {package}")
 
 
 def resolve_with_base_env(path: str, env_name: str) -> str:
@@ -194,7 +207,17 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     report_to: str | None = field(
         default="none",
-        metadata={"help": "Where metrics go beside the console: none, tensorboard, wandb, ..., all."},
+        metadata={
+            "help": "Where metrics go beside the console: none, tensorboard (OUTPUT_DIR/runs), wandb (offline with the "
+            "environment variable WANDB_MODE=offline), ..., or all that are installed."
+        },
+    )
+    save_on_signal: bool = field(
+        default=True,
+        metadata={
+            "help": "On SIGTERM or SIGUSR1 finish the running step, write a checkpoint and exit with code 75. False, or "
+            "--save_strategy no: the signals end the run at once."
+        },
     )
     seed: int = field(default=42, metadata={"help": "Seed of initialisation, data order and masks, at least 0."})
 
@@ -208,9 +231,13 @@ class TrainingArguments(transformers.TrainingArguments):
         _at_least("seed", self.seed, 0)
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             raise InputError(f"--num_train_epochs is {self.num_train_epochs} but must be above 0")
+        if self.enable_jit_checkpoint:
+            # It saves inside steps, on each rank by itself, and then reports a finished run.
+            raise InputError("--enable_jit_checkpoint has no effect here: use --save_on_signal, which is on by default")
         if self.remove_unused_columns:
             raise InputError("--remove_unused_columns must stay False: the collator needs example_id and prompt_len")
         super().__post_init__()
+        _check_trackers(self.report_to)  # pyright: ignore[reportArgumentType] (transformers makes it a list)
         for name in _CHECKPOINTING_KWARGS:
             # Recomputation must be non-reentrant: torch.autograd.grad fails under the reentrant form.
             setattr(self, name, {"use_reentrant": False, **(getattr(self, name) or {})})
@@ -245,67 +272,6 @@ def print_args_main(*arguments: Any) -> None:
             print(f"  {name}: {value}")
 
 
-_RUN_TRACES = (
-    "checkpoint-*",
-    "trainer_state.json",
-    "model*.safetensors",
-    "adapter_model*.safetensors",
-    "pytorch_model*.bin",
-)
-
-
-def _traces_of_a_run(folder: pathlib.Path) -> list[str]:
-    return sorted(found.name for pattern in _RUN_TRACES for found in folder.glob(pattern))
-
-
-def resolve_checkpoint(output_dir: str, resume_from_checkpoint: str | bool | None) -> str | None:
-    """Folder of the checkpoint to go on from, or None for a run that starts anew.
-
-    Args:
-        output_dir: the run's folder; need not exist.
-        resume_from_checkpoint: None / False: start anew. True: the newest checkpoint of output_dir. Else a path.
-
-    Raises:
-        InputError: the folder holds another run and nothing says to resume it; or nothing to resume from.
-    """
-    folder = pathlib.Path(output_dir)
-    wanted = "" if resume_from_checkpoint is None else str(resume_from_checkpoint)
-    if wanted.lower() in ("", "false", "no", "0"):
-        traces = _traces_of_a_run(folder)
-        if traces:
-            raise InputError(
-                f"{folder} holds another run ({traces[0]}): give a new --output_dir, or "
-                "--resume_from_checkpoint True to go on with that run"
-            )
-        return None
-    if wanted.lower() in ("true", "yes", "1"):
-        newest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        if newest is None:
-            raise InputError(
-                f"--resume_from_checkpoint True, but {folder} holds no checkpoint-N: give the checkpoint's "
-                "path, or drop the flag to start anew"
-            )
-        return _with_optimizer_state(newest)
-    if not (pathlib.Path(wanted) / "trainer_state.json").is_file():
-        raise InputError(
-            f"--resume_from_checkpoint {wanted} is no checkpoint (it has no trainer_state.json): give a "
-            "checkpoint-N folder, or True for the newest in --output_dir"
-        )
-    return _with_optimizer_state(wanted)
-
-
-_OPTIMIZER_TRACES = ("optimizer*", "global_step*", "*/*optim_states.pt")  # plain, FSDP and DeepSpeed checkpoints
-
-
-def _with_optimizer_state(checkpoint: str) -> str:
-    if not any(found for pattern in _OPTIMIZER_TRACES for found in pathlib.Path(checkpoint).glob(pattern)):
-        raise InputError(
-            f"{checkpoint} holds the model only (--save_only_model True), so the run cannot be continued: start a new "
-            f"one from it with --model_name_or_path {checkpoint}"
-        )
-    return checkpoint
-
-
 def initial_training_setup(model_args: Any, data_args: Any, training_args: transformers.TrainingArguments) -> None:
     """Logging, seeds and the checks that must come before anything is loaded.
 
@@ -333,7 +299,7 @@ def initial_training_setup(model_args: Any, data_args: Any, training_args: trans
             "on CPU pass --use_cpu True"
         )
     assert training_args.output_dir is not None  # transformers fills it in
-    training_args.resume_from_checkpoint = resolve_checkpoint(
+    training_args.resume_from_checkpoint = resolve_for_all(
         training_args.output_dir, training_args.resume_from_checkpoint
     )
     if training_args.full_determinism:
