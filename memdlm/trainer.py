@@ -128,7 +128,8 @@ class MemDLMTrainer(MDLMTrainer):
         self.memory.timer = self._timer if training and self._reads_timer else contextlib.nullcontext()
         prefixes = None
         if not self.memory.lockstep:
-            # A block of its own: weights that autocast copies here, without gradients, must not reach the forward below.
+            # A block of its own: weights that autocast copies here, without gradients, must not reach the forward
+            # below.
             with self.accelerator.autocast():
                 prefixes = self.memory.prefixes(plan)
         seed_parts = ("train", self.state.global_step) if training else ("eval",)

@@ -311,8 +311,8 @@ class ParametricMemory:
 
         Args:
             plan: what to write (made for the batch of that forward).
-            prefixes: what `prefixes(plan)` gave; None: made at the split point, inside the forward, where an engine that
-                shards the weights is ready to gather them.
+            prefixes: what `prefixes(plan)` gave; None: made at the split point, inside the forward, where an engine
+                that shards the weights is ready to gather them.
             initial: phi_0 [G, P] (see `initial`).
             reduce_gradient: see `memdlm.memory.inner_loop.fit`.
             before_write, after_write: called with (hidden, layer inputs) at the split point, without and with the

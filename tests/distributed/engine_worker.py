@@ -1,0 +1,147 @@
+"""Trains the scenarios that tests/distributed/test_engines.py names, all in one process (start-up takes longest).
+
+    accelerate launch --config_file scripts/accelerate_configs/cpu_zero2.yaml engine_worker.py OUTPUT SCENARIOS.json
+
+Each process writes what it saw to OUTPUT/RANK.json, and every scenario its model to OUTPUT/NAME/final. Started without a
+launcher it is the run in one process.
+"""
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file
+
+from dllm.core.trainers import BD3LMConfig, BD3LMTrainer
+from dllm.models.auto import load_tokenizer
+from dllm.utils.args import ModelArguments
+from memdlm import MemDLMConfig, MemDLMTrainer
+from memdlm.models import get_model
+from memdlm.relay import MemRelayConfig, MemRelayTrainer, RelayConfig, load_model
+
+TRAINERS: dict[str, Any] = {
+    "mdlm": (MemDLMConfig, MemDLMTrainer),
+    "bd3lm": (BD3LMConfig, BD3LMTrainer),
+    "relay": (MemRelayConfig, MemRelayTrainer),
+}
+LENGTH = 20
+
+
+def shard_on_cpu() -> None:
+    """Makes accelerate use FSDP on a CPU where FSDP is asked for: by itself it runs plain DDP there."""
+    original = AcceleratorState.__init__
+
+    def init(self, *args: Any, **kwargs: Any) -> None:
+        is_new = not self._shared_state
+        original(self, *args, **kwargs)
+        if is_new and self.__dict__.get("fsdp_plugin") is None and kwargs.get("fsdp_plugin") is not None:
+            self.fsdp_plugin = kwargs["fsdp_plugin"]
+            self.distributed_type = DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = self.distributed_type
+
+    AcceleratorState.__init__ = init
+
+
+def make_rows(first_empty: bool) -> list[dict]:
+    """Sixteen rows, 12 of 20 tokens to predict; with `first_empty` rows 2 and 3, those of the second rank's first step,
+    have nothing to predict."""
+    generator = torch.Generator().manual_seed(5)
+    rows = []
+    for index in range(16):
+        ids = torch.randint(20, 200, (LENGTH,), generator=generator).tolist()
+        known = LENGTH if first_empty and index in (2, 3) else 8
+        rows.append({"input_ids": ids, "labels": [-100] * known + ids[known:], "example_id": index})
+    return rows
+
+
+def make_trainer(scenario: dict[str, Any], output: pathlib.Path) -> Any:
+    """The trainer of a scenario, with all that it needs."""
+    config_class, trainer_class = TRAINERS[scenario.get("trainer", "mdlm")]
+    settings = {"output_dir": str(output), "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    # Before the model: the process group must be there when a sharded model is loaded.
+    args = config_class(**{**settings, **scenario["settings"]})
+    model_args = ModelArguments(scenario["checkpoint"], dtype="float32", **scenario.get("model", {}))
+    if scenario.get("trainer") == "relay":
+        model = load_model(model_args, RelayConfig(gate="default"), seed=1)
+    else:
+        model = get_model(model_args, seed=1)
+    rows = make_rows(scenario.get("first_empty", False))
+    return trainer_class(
+        model=model,
+        args=args,
+        processing_class=load_tokenizer(scenario["checkpoint"]),
+        train_dataset=rows,
+        eval_dataset=rows[:6],
+    )
+
+
+def watch_memory(trainer: Any) -> list[float]:
+    """Gets the norm of every memory that is written in training."""
+    written: list[float] = []
+    if trainer.memory is None:
+        return written
+    memory = trainer.memory
+    step = trainer.training_step
+
+    def remember(*inputs):
+        loss = step(*inputs)
+        written.append(memory.report.change.tolist())
+        return loss
+
+    trainer.training_step = remember
+    return written
+
+
+def train(scenario: dict[str, Any], output: pathlib.Path) -> dict[str, Any]:
+    """What one process saw of a training run."""
+    trainer = make_trainer(scenario, output)
+    written = watch_memory(trainer) if isinstance(trainer, MemDLMTrainer) else []
+    trainer.train(resume_from_checkpoint=scenario.get("resume"))
+    metrics = trainer.evaluate()
+    trainer.save_model(str(output / "final"))
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    return {
+        "world_size": trainer.accelerator.num_processes,
+        "engine": str(trainer.accelerator.distributed_type.value) + (f"-{plugin.zero_stage}" if plugin else ""),
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "grad_norms": [entry.get("grad_norm") for entry in trainer.state.log_history if "loss" in entry],
+        "written": written,
+        "metrics": {name: metrics[name] for name in sorted(metrics) if name in ("eval_nll", "eval_memory_loss")},
+    }
+
+
+def attempt(scenario: dict[str, Any], output: pathlib.Path) -> dict[str, Any]:
+    """As `train`; a refusal is an entry of its own."""
+    try:
+        return train(scenario, output)
+    except ValueError as error:
+        if not scenario.get("refused"):
+            raise
+        return {"refused": str(error)}
+
+
+def saved(folder: pathlib.Path) -> dict[str, torch.Tensor]:
+    """The tensors of a scenario's model or adapter file."""
+    (file,) = folder.glob("final/*model.safetensors")
+    return load_file(file)
+
+
+def main() -> None:
+    output, scenarios = pathlib.Path(sys.argv[1]), json.loads(pathlib.Path(sys.argv[2]).read_text())
+    shard_on_cpu()
+    seen = {name: attempt(scenario, output / name) for name, scenario in scenarios.items()}
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    (output / f"{rank}.json").write_text(json.dumps(seen))
+    if dist.is_initialized():
+        # Leaving without this aborts at random.
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
