@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass, make_dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from transformers.trainer_utils import IntervalStrategy
 
 from dllm.core.trainers.bd3lm import BD3LMConfig, BD3LMTrainer
-from dllm.core.trainers.engines import refuse_fsdp1, refuse_torch_compile, shards_weights
+from dllm.core.trainers.engines import inner_backward, refuse_fsdp1, refuse_torch_compile, shards_weights
 from dllm.core.trainers.mdlm import MDLMConfig, MDLMTrainer
 from dllm.core.trainers.meters import DeviceTimer, MeanMetric
 from dllm.data.collators import Batch, NoisingCollator
@@ -89,6 +90,7 @@ class MemDLMTrainer(MDLMTrainer):
         assert self.model is not None
         self.memory = ParametricMemory(self.model, self.memory_config, self.scheduler_alpha)
         self.memory.lockstep = shards_weights(self)
+        self.memory.inner_backward = functools.partial(inner_backward, self.model)
         fast = self.memory.fast
         sharded = " and gathers sharded weights layer by layer" if self.memory.lockstep else ""
         logger.info(

@@ -54,7 +54,12 @@ class Router(nn.Module):
 
 
 def run_experts(
-    experts: nn.ModuleList, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, rows: int | None = None
+    experts: nn.ModuleList,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    chosen: torch.Tensor,
+    rows: int | None = None,
+    calls_all: bool = False,
 ) -> torch.Tensor:
     """y_i = sum_j weights[i, j] * experts[chosen[i, j]](x_i), [T, D], in the dtype of `x`.
 
@@ -69,6 +74,7 @@ def run_experts(
         rows: B, where token i is of row i // (T / B). Row b of an expert's chunk then holds its tokens of row b in
             their order and zeros behind them, n being its most tokens in one row. None: chunks without a row axis
             and without padding.
+        calls_all: call experts without a token too; they are always called where gradients are taken.
 
     Raises:
         ValueError: the rows cannot have equally many tokens.
@@ -97,7 +103,7 @@ def run_experts(
         chunks = padded.split([rows * length for length in lengths])
         chunks = [chunk.view(rows, n, x.shape[1]) for chunk, n in zip(chunks, lengths, strict=True)]
     # Under gradients the empty experts run too: DDP waits for a gradient of every parameter.
-    keep_empty = torch.is_grad_enabled()
+    keep_empty = calls_all or torch.is_grad_enabled()
     parts = [expert(chunk) for expert, chunk in zip(experts, chunks, strict=True) if keep_empty or chunk.numel()]
     gathered = torch.cat([part.flatten(0, -2) for part in parts])[place].view(*chosen.shape, -1)  # [T, k, D]
     return (gathered * weights.to(gathered.dtype)[..., None]).sum(1).to(x.dtype)
@@ -110,9 +116,11 @@ class RoutedExperts(nn.Module):
         by_row: False: an expert sees its tokens of all rows as [n, D]. True: as [B, n, D], with zeros behind the
             tokens of the shorter rows; set while a memory with one set of weights per row is in place, whose hooks on
             the experts' linears tell the rows apart by the leading axis.
+        calls_all: see `run_experts`; set where an engine gathers the weights of an expert on all ranks at once.
     """
 
     by_row: bool = False
+    calls_all: bool = False
 
 
 class SparseMoE(RoutedExperts):
@@ -148,7 +156,7 @@ class SparseMoE(RoutedExperts):
         if recorder is not None:
             recorder.record(self.layer_idx, logits, chosen)
         rows = hidden.shape[0] if self.by_row else None
-        return run_experts(self.experts, x, weights, chosen, rows).view_as(hidden)
+        return run_experts(self.experts, x, weights, chosen, rows, self.calls_all).view_as(hidden)
 
 
 class GroupRouter(Router):
@@ -213,7 +221,7 @@ class GroupedMoE(RoutedExperts):
         if recorder is not None:
             recorder.record(self.layer_idx, logits, chosen)
         rows = hidden.shape[0] if self.by_row else None
-        mixed = run_experts(self.experts, x, weights * self.scale, chosen, rows).view_as(hidden)
+        mixed = run_experts(self.experts, x, weights * self.scale, chosen, rows, self.calls_all).view_as(hidden)
         return mixed if self.shared_experts is None else mixed + self.shared_experts(hidden)
 
     def _choose(self, ranks: torch.Tensor) -> torch.Tensor:

@@ -110,6 +110,8 @@ class ParametricMemory:
         self.timer: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         # See `Network.lockstep`: set where an engine shares out the weights over ranks.
         self.lockstep = False
+        # Around the backward passes of the inner loop, which run inside a forward: the engine may have to know.
+        self.inner_backward: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         # Around forwards on states of their own (prompts): whoever carries a state from forward to forward stops here.
         self.alone: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
@@ -271,9 +273,9 @@ class ParametricMemory:
         layer_inputs = None
         alone = self.alone() if plan.apart else contextlib.nullcontext()
         with self.timer, evaluating(self.lm), no_autocast_cache(), alone:
-            if others:
-                states = self._prefix([plan.states[index] for index in others], plan)
-                for index, state in zip(others, states, strict=True):
+            if others or self.lockstep:  # all states may be equal on one rank; its pass is thrown away
+                states = self._prefix([plan.states[index] for index in others or [0]], plan)
+                for index, state in zip(others, states, strict=False):
                     hidden[index] = state
             if plan.anchor is not None and not share_anchor:
                 # In a pass of its own, as the outer forward would: products of other sizes round in another way.
@@ -393,7 +395,7 @@ class ParametricMemory:
             return self.hidden_at(hidden, layer_inputs, positions)
 
         network = Network(hidden_at, self.lm.head, self.lm.config.vocab_size, self.lockstep)
-        with self.timer, evaluating(self.lm), contextlib.ExitStack() as undo:
+        with self.timer, evaluating(self.lm), self.inner_backward(), contextlib.ExitStack() as undo:
             undo.callback(self.reset)  # an error must leave no half-written memory to the next prompt
             self.report = fit(self.fast, initial, plan, network, self.config, self.scheduler, reduce_gradient)
             undo.pop_all()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import transformers
 from accelerate.utils import DynamoBackend
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from dllm.models.moe import RoutedExperts
 from dllm.utils.parsing import InputError
@@ -20,16 +24,34 @@ def _is_zero3(trainer: transformers.Trainer) -> bool:
     return plugin is not None and plugin.zero_stage == 3
 
 
-def gather_experts_whole(trainer: transformers.Trainer, model: nn.Module) -> None:
-    """Makes ZeRO-3 gather the weights of a block of routed experts at once; nothing under other engines.
+@contextlib.contextmanager
+def inner_backward(model: nn.Module) -> Iterator[None]:
+    """A block in which backward passes are parts of a forward of `model` that still runs; FSDP2 must know.
 
-    By itself it gathers expert by expert as they are called, and waits forever where two ranks call different ones.
+    It would take the first of them for the end of the step and free what it gathered, under the feet of the forward and
+    of the graphs that are still to be gone through.
     """
-    kinds = {type(module) for module in model.modules() if isinstance(module, RoutedExperts)}
-    if kinds and _is_zero3(trainer):
-        from deepspeed.utils import set_z3_leaf_modules  # an extra: importing this module must work without it
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.set_is_last_backward(False)
+    model.set_reshard_after_backward(False)
+    try:
+        yield
+    finally:
+        model.set_reshard_after_backward(True)
+        model.set_is_last_backward(True)
 
-        set_z3_leaf_modules(model, list(kinds))
+
+def call_all_experts(trainer: transformers.Trainer, model: nn.Module) -> None:
+    """Makes every rank call every routed expert under ZeRO-3, also those without a token; nothing under other engines.
+
+    ZeRO-3 gathers the weights of an expert when it is called, and waits forever where two ranks call different ones.
+    """
+    if _is_zero3(trainer):
+        for module in model.modules():
+            if isinstance(module, RoutedExperts):
+                module.calls_all = True
 
 
 def refuse_fsdp1(trainer: transformers.Trainer, what: str) -> None:
@@ -38,7 +60,7 @@ def refuse_fsdp1(trainer: transformers.Trainer, what: str) -> None:
     Raises:
         InputError: it does; `what` needs hooks and parameters that it flattens away.
     """
-    plugin = trainer.accelerator.state.fsdp_plugin
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     if plugin is not None and plugin.fsdp_version == 1:
         raise InputError(
             f"{what} and FSDP1 cannot be combined: use FSDP2 (scripts/accelerate_configs/fsdp2.yaml, fsdp_version: 2)"

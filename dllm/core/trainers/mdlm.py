@@ -20,7 +20,7 @@ from dllm.core.schedulers import BaseAlphaScheduler, get_alpha_scheduler_class, 
 from dllm.core.trainers.artifacts import save_model_card, save_record
 from dllm.core.trainers.editing import Editor
 from dllm.core.trainers.guard import NonFiniteGuard
-from dllm.core.trainers.engines import gather_experts_whole
+from dllm.core.trainers.engines import call_all_experts
 from dllm.core.trainers.meters import BatchCounts, NLLMetric, OnEvaluateMetricsCallback, PPLMetric, StepClock
 from dllm.data.collators import Batch, NoisingCollator, PaddingCollator
 from dllm.models.backbone import unwrap
@@ -137,7 +137,7 @@ class MDLMTrainer(transformers.Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        gather_experts_whole(self, self.lm)
+        call_all_experts(self, self.lm)
         # Trainer's __init__ infers this from the signature of forward and would overwrite the class attribute.
         self.model_accepts_loss_kwargs = False
         self.clock = StepClock()
