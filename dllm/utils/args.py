@@ -215,8 +215,8 @@ class TrainingArguments(transformers.TrainingArguments):
     save_on_signal: bool = field(
         default=True,
         metadata={
-            "help": "On SIGTERM or SIGUSR1 finish the running step, write a checkpoint and exit with code 75. False, or "
-            "--save_strategy no: the signals end the run at once."
+            "help": "On SIGTERM or SIGUSR1 finish the running step, write a checkpoint and exit with code 75. False, "
+            "or --save_strategy no: the signals end the run at once."
         },
     )
     seed: int = field(default=42, metadata={"help": "Seed of initialisation, data order and masks, at least 0."})

@@ -18,6 +18,7 @@ from dllm.core.losses import NormType, WeightType, loss_weights, normalise, row_
 from dllm.core.modes import evaluating, frozen
 from dllm.core.schedulers import BaseAlphaScheduler, get_alpha_scheduler_class, make_alpha_scheduler
 from dllm.core.trainers.artifacts import save_model_card, save_record
+from dllm.core.trainers.checkpointing import CheckpointingTrainer
 from dllm.core.trainers.editing import Editor
 from dllm.core.trainers.guard import NonFiniteGuard
 from dllm.core.trainers.meters import BatchCounts, NLLMetric, OnEvaluateMetricsCallback, PPLMetric, StepClock
@@ -66,7 +67,7 @@ class MDLMConfig(EditSettings, TrainingArguments):
         self.check_editing()
 
 
-class MDLMTrainer(transformers.Trainer):
+class MDLMTrainer(CheckpointingTrainer):
     """Trains a masked-diffusion LM: mask with t ~ U(eps, 1), predict the masked tokens, weigh by w(t) (arXiv
     2502.09992, equation 3).
 
