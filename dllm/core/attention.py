@@ -13,6 +13,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import Cache, PreTrainedConfig
 from transformers.masking_utils import create_bidirectional_mask
 
+from dllm.utils.parsing import InputError
+
 
 def block_causal_mask(
     length: int, block_size: int, past_length: int = 0, device: torch.device | str | None = None
@@ -126,6 +128,76 @@ def two_halves_inputs(
 def in_two_halves(positions: torch.Tensor, length: int) -> torch.Tensor:
     """Flat indices into [B * L] as those of the same places in the noised half of [B * 2L]."""
     return positions + positions // length * length
+
+
+def document_mask(segment_ids: torch.Tensor) -> torch.Tensor:
+    """Boolean mask [B, 1, L, L] of packed rows: position i sees j where both stand in the same document.
+
+    L * L bytes per row: 1 GiB at 32,768 positions. flex attention needs next to none (`document_block_mask`).
+
+    Args:
+        segment_ids: number of each position's document, int64 [B, L].
+    """
+    return (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+
+
+def document_block_mask(segment_ids: torch.Tensor, block_size: int = 128) -> BlockMask:
+    """The mask of `document_mask` in the form that flex attention takes, made without an L x L tensor.
+
+    Two blocks of positions have something to see in each other where the ranges of their documents overlap, and
+    everything where both lie within one document.
+
+    Args:
+        segment_ids: as in `document_mask`, not falling along a row.
+        block_size: positions of a block of the kernel.
+    """
+    length, end = segment_ids.shape[1], segment_ids[:, -1:]
+    behind = (end + 1).expand(-1, -length % block_size)  # fills the last block with what is no document
+    blocks = torch.cat([segment_ids, behind], dim=1).unflatten(1, (-1, block_size))  # [B, blocks, block_size]
+    first, last = blocks[:, :, 0], torch.minimum(blocks[:, :, -1], end)
+    meets = (first[:, :, None] <= last[:, None, :]) & (first[:, None, :] <= last[:, :, None])
+    whole = blocks[:, :, 0] == blocks[:, :, -1]
+    full = (first[:, :, None] == first[:, None, :]) & whole[:, :, None] & whole[:, None, :]
+
+    def sees(row, head, query, key):
+        return segment_ids[row, query] == segment_ids[row, key]
+
+    return BlockMask.from_kv_blocks(
+        *_block_lists(meets & ~full),
+        *_block_lists(full),
+        BLOCK_SIZE=block_size,
+        mask_mod=sees,
+        seq_lengths=(length, length),
+    )
+
+
+def _block_lists(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(how many key blocks each query block has, int32 [B, 1, blocks]; their indices first, [B, 1, blocks, blocks])."""
+    counts, order = chosen.sum(dim=-1), chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return counts[:, None].to(torch.int32), order[:, None].to(torch.int32).contiguous()
+
+
+def document_inputs(
+    implementation: str | None, segment_ids: torch.Tensor, position_ids: torch.Tensor
+) -> dict[str, Any]:
+    """Mask and position ids of packed rows, as keyword arguments of a model's forward.
+
+    Args:
+        implementation: attention implementation of the model; flex_attention gets a BlockMask, eager and sdpa a boolean
+            mask.
+        segment_ids: see `document_mask`.
+        position_ids: int64 [B, L], from 0 in each document.
+
+    Raises:
+        InputError: flash attention.
+    """
+    if implementation is not None and "flash" in implementation:
+        raise InputError(
+            f"packing needs a mask between documents, which {implementation} does not take: load with "
+            "--attn_implementation sdpa or flex_attention"
+        )
+    make = document_block_mask if implementation == "flex_attention" else document_mask
+    return {"attention_mask": make(segment_ids), "position_ids": position_ids}
 
 
 def _check_halves(length: int, block_size: int, padding: torch.Tensor | None) -> None:

@@ -21,7 +21,9 @@ from dllm.core.noising import (
     make_generator,
     mask_tokens,
 )
+from dllm.core.packing import lay_out
 from dllm.core.schedulers import BaseAlphaScheduler
+from dllm.data.packing import DOCUMENT_LENGTHS, is_packed, split_documents
 from dllm.utils.parsing import InputError
 
 IGNORE_INDEX = -100  # label of a position that is never masked and never in the loss
@@ -39,10 +41,17 @@ class PaddingCollator:
     Args:
         pad_token_id: id put behind the end of a row.
         train_on_padding: label padding with `pad_token_id` (True) or with -100 (False).
+        hide_padding: hide padding from attention, so that a row does not depend on those beside it: where rows differ
+            in length the batch has an `attention_mask`, int64 [B, L]. Excludes `train_on_padding`.
+
+    Raises:
+        InputError: padding that is hidden and trained on.
     """
 
-    def __init__(self, pad_token_id: int, train_on_padding: bool = True) -> None:
-        self.pad_token_id = pad_token_id
+    def __init__(self, pad_token_id: int, train_on_padding: bool = True, hide_padding: bool = False) -> None:
+        if train_on_padding and hide_padding:
+            raise InputError("padding that is hidden cannot be trained on: drop train_on_padding or hide_padding")
+        self.pad_token_id, self.hide_padding = pad_token_id, hide_padding
         self.label_pad_token_id = pad_token_id if train_on_padding else IGNORE_INDEX
 
     def __call__(self, rows: Sequence[Batch]) -> Batch:
@@ -50,10 +59,13 @@ class PaddingCollator:
             tensors = [torch.as_tensor(row[key], dtype=torch.int64) for row in rows]
             return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
-        return {
+        batch = {
             "input_ids": pad("input_ids", self.pad_token_id),
             "labels": pad("labels", self.label_pad_token_id),
         }
+        if self.hide_padding and len({len(row["input_ids"]) for row in rows}) > 1:
+            batch["attention_mask"] = is_inside(rows, batch["input_ids"]).long()
+        return batch
 
 
 class BlockPaddingCollator:
@@ -95,7 +107,8 @@ class NoisingCollator:
     """Pads with another collator, then draws the outer denoising state of every row.
 
     A row's draws depend on (seed, stream, epoch, example id) alone, not on its batch, the device, the world size or a
-    resumption. Calling it returns
+    resumption. The documents of packed rows (`dllm.data.packing`) are the rows of the batch: B counts documents, and
+    `packing` says where the network sees them (`dllm.core.packing.lay_out`). Calling it returns
         input_ids        int64 [B, L]  clean tokens
         noised_ids       int64 [B, L]  the mask token at the masked positions
         maskable         bool  [B, L]  label != -100 (and, for families with a logit shift, not the first position)
@@ -108,6 +121,7 @@ class NoisingCollator:
         num_tokens       int64 [B]     tokens of each row before padding
         example_id       int64 [B]
         attention_mask   int64 [B, L]  only if `pad` makes one
+        packing          dict          only for packed rows
         edit             dict          only with `editing`: what it returns
         complement       dict          only with `complementary`: noised_ids, loss_positions and loss_t of the same rows
                                        where exactly the maskable positions that are visible above are masked
@@ -124,8 +138,8 @@ class NoisingCollator:
         complementary: add `complement`; excludes `editing`.
 
     Raises:
-        InputError: `editing` and `complementary` together; a row lacks a key, is empty, or has labels that differ from
-            its input_ids at a maskable position.
+        InputError: `editing` and `complementary` together; packed rows under block diffusion; a row lacks a key, is
+            empty, or has labels that differ from its input_ids at a maskable position.
     """
 
     model_keys = ("input_ids", "labels", "attention_mask")
@@ -185,9 +199,28 @@ class NoisingCollator:
         maskable[:, : self.logit_shift] = False
         return maskable
 
+    def check_packing(self) -> None:
+        """Nothing, if packed rows can be collated.
+
+        Raises:
+            InputError: block diffusion.
+        """
+        if self.block_size is not None:
+            raise InputError("packing and block diffusion cannot be combined: drop --packing")
+
     def __call__(self, rows: Sequence[Batch]) -> Batch:
+        if not is_packed(rows):
+            return self.collate(rows)
+        self.check_packing()
+        documents = split_documents(rows)
+        return {**self.collate(documents, packed=True), "packing": lay_out([row[DOCUMENT_LENGTHS] for row in rows])}
+
+    def collate(self, rows: Sequence[Batch], packed: bool = False) -> Batch:
+        """The batch of `rows`, without `packing`; `packed`: the rows are documents that the network sees unpadded."""
         example_id = torch.tensor([_example_id(row) for row in rows])
         padded = self.pad([{key: row[key] for key in self.model_keys if key in row} for row in rows])
+        if packed:
+            padded = _unpadded(rows, padded)
         input_ids = padded["input_ids"]
         _check_labels(input_ids, padded["labels"], example_id)
         maskable = self.find_maskable(rows, padded)  # [B, L]
@@ -232,6 +265,29 @@ class NoisingCollator:
             "loss_positions": positions,
             "loss_t": times.reshape(-1)[positions],
         }
+
+
+def is_inside(rows: Sequence[Batch], padded_ids: torch.Tensor) -> torch.Tensor:
+    """Which places of `padded_ids` [B, L] hold a row's own tokens rather than padding behind it: bool [B, L].
+
+    Raises:
+        InputError: the rows are not padded on the right.
+    """
+    for row, padded_row in zip(rows, padded_ids, strict=True):
+        own = torch.as_tensor(row["input_ids"], dtype=torch.int64)
+        if not torch.equal(padded_row[: len(own)], own):
+            raise InputError(
+                "what is padding must be known here, so rows have to be padded on the right: the data collator changed "
+                f"example {row.get('example_id', '(no id)')}"
+            )
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    return torch.arange(padded_ids.shape[1]) < lengths[:, None]
+
+
+def _unpadded(rows: Sequence[Batch], padded: Batch) -> Batch:
+    """What `pad` made of documents, without what it says of their padding, which the network does not see."""
+    labels = padded["labels"].masked_fill(~is_inside(rows, padded["input_ids"]), IGNORE_INDEX)
+    return {"input_ids": padded["input_ids"], "labels": labels}
 
 
 def _example_id(row: Batch) -> int:

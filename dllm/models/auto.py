@@ -161,7 +161,8 @@ def load_tokenizer(
         )
     if tokenizer.pad_token_id == tokenizer.mask_token_id:
         raise InputError(f"{source}: {tokenizer.mask_token} is mask and pad token at once: give pad a token of its own")
-    rows = _embedding_rows(config) if model is None else unwrap(model).backbone.embedding.num_embeddings
+    # From the weight, which an adapter's wrapper around the embedding has too.
+    rows = _embedding_rows(config) if model is None else unwrap(model).backbone.embedding.weight.shape[0]
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
         raise InputError(

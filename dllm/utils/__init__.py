@@ -9,9 +9,9 @@ from dllm.utils.args import (
     TrainingArguments,
     initial_training_setup,
     print_args_main,
-    resolve_checkpoint,
     resolve_with_base_env,
 )
+from dllm.utils.checkpoints import resolve_checkpoint
 from dllm.utils.distributed import is_main_process, local_rank, main_process_first, rank, world_size
 from dllm.utils.logging import get_default_logger
 from dllm.utils.parsing import InputError, one_line_errors, parse_args, parse_spec

@@ -22,6 +22,7 @@ logger = get_default_logger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TRUNCATIONS = ("filter", "left", "right")
+DEFAULT_SHUFFLE_BUFFER = 1000
 _ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 _LORA_BIASES = ("none", "all", "lora_only")
 _LORA_OPTIONS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules", "bias")
@@ -166,13 +167,43 @@ class DataArguments:
         default=None,
         metadata={"help": "Processes that tokenise, at least 1. None: no extra process."},
     )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Put several training documents into one row of up to max_length tokens; none attends to another, "
+            "and no padding is trained on."
+        },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read and tokenise training rows while training, over and over. Needs --max_steps."},
+    )
+    shuffle_buffer_size: int = field(
+        default=DEFAULT_SHUFFLE_BUFFER,
+        metadata={"help": "Rows of a stream that are held to be drawn from in random order, 0: none. For --streaming."},
+    )
+
+    @property
+    def hides_padding(self) -> bool:
+        """Whether padding is hidden from attention and not trained on."""
+        return self.packing
 
     def __post_init__(self):
+        self._check_streaming()
         if not self.dataset_args.strip():
             raise InputError("--dataset_args is empty; name a data set, e.g. builtin:docstrings")
         _at_least("max_length", self.max_length, 2)
         _one_of("truncation", self.truncation, TRUNCATIONS)
         _at_least("num_proc", self.num_proc, 1)
+
+    def _check_streaming(self) -> None:
+        _at_least("shuffle_buffer_size", self.shuffle_buffer_size, 0)
+        if not self.streaming and self.shuffle_buffer_size != DEFAULT_SHUFFLE_BUFFER:
+            raise InputError("--shuffle_buffer_size has no effect without --streaming True")
+        if self.streaming and self.load_preprocessed_data:
+            raise InputError("preprocessed rows are read from disk as they are needed: drop --streaming")
+        if self.streaming and self.num_proc is not None:
+            raise InputError("--num_proc has no effect on a stream, which each process reads itself: drop it")
 
 
 _HF_FIELDS = {knob.name: knob for knob in dataclasses.fields(transformers.TrainingArguments)}
@@ -205,6 +236,13 @@ class TrainingArguments(transformers.TrainingArguments):
     save_total_limit: int | None = field(
         default=2, metadata={"help": "Checkpoints kept, the newest ones, at least 1. None: all."}
     )
+    hub_strategy: str = field(
+        default="end",
+        metadata={
+            "help": "What --push_to_hub uploads: end = the finished model; every_save, checkpoint, all_checkpoints = also "
+            "while training, which includes Trainer's own pickles (training_args.bin, optimizer state)."
+        },
+    )
     report_to: str | None = field(
         default="none",
         metadata={
@@ -215,8 +253,8 @@ class TrainingArguments(transformers.TrainingArguments):
     save_on_signal: bool = field(
         default=True,
         metadata={
-            "help": "On SIGTERM or SIGUSR1 finish the running step, write a checkpoint and exit with code 75. False, or "
-            "--save_strategy no: the signals end the run at once."
+            "help": "On SIGTERM or SIGUSR1 finish the running step, write a checkpoint and exit with code 75. False, "
+            "or --save_strategy no: the signals end the run at once."
         },
     )
     seed: int = field(default=42, metadata={"help": "Seed of initialisation, data order and masks, at least 0."})

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from dllm.core.attention import has_two_halves
 from dllm.core.noising import derive_seed
-from dllm.data.collators import Batch, NoisingCollator
+from dllm.data.collators import Batch, NoisingCollator, is_inside
 from dllm.utils.parsing import InputError
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.plan import PLANS, InnerPlan, Rows
@@ -39,8 +40,23 @@ class MemoryCollator(NoisingCollator):
         maskable = super().find_maskable(rows, padded)
         return maskable & ~self._find_padding(rows, padded) if self.config.pad_unmask_mode == "both" else maskable
 
-    def __call__(self, rows: Sequence[Batch]) -> Batch:
-        batch = super().__call__(rows)
+    def check_packing(self) -> None:
+        """As in `NoisingCollator`.
+
+        Raises:
+            InputError: also for one memory per row, which packed documents would share, and for settings of padding.
+        """
+        super().check_packing()
+        if self.config.scope == "row":
+            raise InputError(
+                "mem_scope=row and packing exclude each other (documents share a row): use mem_scope=batch"
+            )
+        if self.config.pad_unmask_mode != "none":
+            raise InputError("mem_pad_unmask_mode has no effect with packing, which has no padding: drop one of them")
+
+    def collate(self, rows: Sequence[Batch], packed: bool = False) -> Batch:
+        """As in `NoisingCollator`, with `memory_plan`."""
+        batch = super().collate(rows, packed)
         example_id, input_ids = batch["example_id"], batch["input_ids"]
         is_corrupted, is_asked = torch.zeros_like(batch["is_masked"]), batch["is_masked"].clone()
         if "edit" in batch:
@@ -72,15 +88,7 @@ class MemoryCollator(NoisingCollator):
         ids = padded["input_ids"]
         if self.config.pad_unmask_mode == "none" and self.config.inner_target != "prompt":
             return torch.zeros_like(ids, dtype=torch.bool)
-        for row, padded_row in zip(rows, ids, strict=True):
-            own = torch.as_tensor(row["input_ids"], dtype=torch.int64)
-            if not torch.equal(padded_row[: len(own)], own):
-                raise InputError(
-                    "mem_pad_unmask_mode and mem_inner_target=prompt need rows padded on the right: the data collator "
-                    f"changed example {row['example_id']}"
-                )
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-        return torch.arange(ids.shape[1]) >= lengths[:, None]
+        return ~is_inside(rows, ids)
 
 
 def make_plan(rows: Rows, config: MemoryConfig, block_size: int | None) -> InnerPlan:
@@ -99,5 +107,7 @@ def make_plan(rows: Rows, config: MemoryConfig, block_size: int | None) -> Inner
 
 
 def inner_plan(batch: Batch) -> InnerPlan:
-    """The plan of a `MemoryCollator` batch, wherever its tensors have been moved."""
-    return InnerPlan.from_batch(batch["memory_plan"])
+    """The plan of a `MemoryCollator` batch, wherever its tensors have been moved; of packed rows with their layout."""
+    plan = InnerPlan.from_batch(batch["memory_plan"])
+    # Prompts alone are rows of their own.
+    return plan if plan.apart else replace(plan, packing=batch.get("packing"))

@@ -289,7 +289,7 @@ class ParametricMemory:
     def _prefix(self, states: Sequence[torch.Tensor], plan: InnerPlan) -> Sequence[torch.Tensor]:
         """Hidden state [B, L, D] before layer `start` of each state, in one pass."""
         hidden = self.backbone(**self._network_inputs(states, plan), stop_at=self.start).hidden
-        return hidden.split(plan.num_rows)
+        return hidden.split(plan.num_network_rows)
 
     def _network_inputs(self, states: Sequence[torch.Tensor], plan: InnerPlan) -> dict[str, Any]:
         return plan.network_inputs(states, self.lm.config._attn_implementation)
@@ -392,7 +392,7 @@ class ParametricMemory:
             if hidden is None:
                 assert anchor is not None
                 hidden = anchor
-            return self.hidden_at(hidden, layer_inputs, positions)
+            return self.hidden_at(hidden, layer_inputs, plan.network_positions(positions))
 
         network = Network(hidden_at, self.lm.head, self.lm.config.vocab_size, self.lockstep)
         with self.timer, evaluating(self.lm), self.inner_backward(), contextlib.ExitStack() as undo:

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dllm.core.attention import in_two_halves, two_halves_inputs
 from dllm.core.noising import apply_mask, derive_seed, draw_noise, flat_positions, make_generator
+from dllm.core.packing import Layout, packed_inputs, packed_positions
 from dllm.utils.parsing import InputError
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.objectives import OBJECTIVES
@@ -46,6 +47,9 @@ class InnerPlan:
     block_size: int | None = (
         None  # the states are [state ; clean tokens] in blocks of so many; None: without clean half
     )
+    packing: Layout | None = (
+        None  # where the network sees the rows side by side (`dllm.core.packing`); None: it does not
+    )
 
     @property
     def num_rows(self) -> int:
@@ -56,6 +60,11 @@ class InnerPlan:
     def length(self) -> int:
         """L."""
         return self.states[0].shape[1]
+
+    @property
+    def num_network_rows(self) -> int:
+        """Rows that one state has in the network: B, or fewer where they are packed."""
+        return self.num_rows if self.packing is None else len(self.packing["source"])
 
     def as_batch(self) -> dict[str, Any]:
         """The plan as nested dicts and lists, which trainers and data loaders know how to move."""
@@ -73,12 +82,18 @@ class InnerPlan:
             states: some of the plan's, [B, L] each.
             implementation: attention implementation of the model.
         """
+        if self.packing is not None:
+            return packed_inputs(implementation, self.packing, states)
         ids = torch.cat(list(states))
         mask = None if self.attention_mask is None else torch.cat([self.attention_mask] * len(states))
         if self.block_size is None:
             return {"input_ids": ids, "attention_mask": mask}
         half = self.length // 2
         return {"input_ids": ids, **two_halves_inputs(implementation, half, self.block_size, mask, ids.device)}
+
+    def network_positions(self, positions: torch.Tensor) -> torch.Tensor:
+        """Where the flat `positions` [N] into [B * L] stand in the rows that `network_inputs` makes of one state."""
+        return positions if self.packing is None else packed_positions(self.packing, positions)
 
     def with_clean_half(self, input_ids: torch.Tensor, block_size: int) -> InnerPlan:
         """The same plan for block diffusion: each state with the clean tokens behind it.

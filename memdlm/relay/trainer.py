@@ -100,6 +100,8 @@ class RelayTrainer(MDLMTrainer):
         InputError: those of `RelayConfig`, `RelayChannel` and `MDLMTrainer`; a PEFT model without a relay norm.
     """
 
+    takes_streams = takes_packed_rows = False
+
     args: RelayTrainerConfig
 
     def __init__(self, model=None, args: RelayTrainerConfig | None = None, processing_class=None, **kwargs) -> None:

@@ -196,7 +196,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(build, family, tmp_path):
 def test_without_its_rollout_a_resumed_run_says_so(build, tmp_path, caplog):
     build(name="whole", save_strategy="steps", save_steps=2, max_steps=2).train()
     checkpoint = tmp_path / "whole" / "checkpoint-2"
-    (checkpoint / "rollout_0.safetensors").unlink()
+    for name in ("rollout_0.safetensors", "manifest.json"):  # one that another trainer wrote
+        (checkpoint / name).unlink()
     again = build(model=load_plain(str(checkpoint)), name="resumed")
     with caplog.at_level("WARNING"):
         again.train(resume_from_checkpoint=str(checkpoint))

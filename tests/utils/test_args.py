@@ -13,7 +13,6 @@ from dllm.utils import (
     TrainingArguments,
     initial_training_setup,
     print_args_main,
-    resolve_checkpoint,
     resolve_with_base_env,
 )
 
@@ -92,62 +91,16 @@ def test_resolve_with_base_env(tmp_path, monkeypatch):
     assert ModelArguments("model").model_name_or_path == str(tmp_path / "base" / "model")
 
 
-def touch(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("{}")
-
-
-@pytest.mark.parametrize(
-    "trace",
-    [
-        "checkpoint-7/trainer_state.json",
-        "checkpoint-final/config.json",
-        "trainer_state.json",
-        "model.safetensors",
-        "model-00001-of-00002.safetensors",
-        "adapter_model.safetensors",
-    ],
-)
-def test_a_folder_with_another_run_is_refused(tmp_path, trace):
-    touch(tmp_path / trace)
-    for resume in (None, False, "False"):
-        with pytest.raises(InputError, match=r"holds another run .*new --output_dir, or --resume_from_checkpoint True"):
-            resolve_checkpoint(str(tmp_path), resume)
-
-
-def test_other_folders_are_free(tmp_path):
-    touch(tmp_path / "data" / "notes.txt")
-    assert resolve_checkpoint(str(tmp_path), None) is None
-    assert resolve_checkpoint(str(tmp_path / "data"), None) is None
-    assert resolve_checkpoint(str(tmp_path / "new"), "False") is None
-
-
-def test_what_to_resume_from(tmp_path):
-    for missing in (tmp_path, tmp_path / "new"):
-        with pytest.raises(InputError, match="holds no checkpoint-N: give the checkpoint's path, or drop the flag"):
-            resolve_checkpoint(str(missing), "True")
-    for step in (9, 10):
-        touch(tmp_path / f"checkpoint-{step}" / "trainer_state.json")
-        touch(tmp_path / f"checkpoint-{step}" / "optimizer.pt")
-    newest, older = str(tmp_path / "checkpoint-10"), str(tmp_path / "checkpoint-9")
-    assert resolve_checkpoint(str(tmp_path), True) == newest == resolve_checkpoint(str(tmp_path), "true")
-    assert resolve_checkpoint(str(tmp_path), older) == older
-    with pytest.raises(InputError, match=r"is no checkpoint \(it has no trainer_state.json\)"):
-        resolve_checkpoint(str(tmp_path), str(tmp_path))
-
-
-def test_a_checkpoint_of_the_model_alone_cannot_be_resumed(tmp_path):
-    touch(tmp_path / "checkpoint-7" / "trainer_state.json")
-    touch(tmp_path / "checkpoint-7" / "model.safetensors")
-    for wanted in ("True", str(tmp_path / "checkpoint-7")):
-        with pytest.raises(InputError, match=r"holds the model only .* start a new one from it with --model_name"):
-            resolve_checkpoint(str(tmp_path), wanted)
+def make_checkpoint(folder):
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text("{}")
+    for name in ("optimizer.pt", "scheduler.pt"):
+        torch.save({}, folder / name)
 
 
 def test_setup_resolves_the_checkpoint_and_seeds(tmp_path, capsys):
     args = TrainingArguments(str(tmp_path), use_cpu=True, resume_from_checkpoint="True", seed=5)
-    touch(tmp_path / "checkpoint-3" / "trainer_state.json")
-    touch(tmp_path / "checkpoint-3" / "optimizer.pt")
+    make_checkpoint(tmp_path / "checkpoint-3")
     initial_training_setup(MODEL, DATA, args)
     assert args.resume_from_checkpoint == str(tmp_path / "checkpoint-3")
     drawn = torch.rand(1)

@@ -76,7 +76,8 @@ def fine_tune(
         load_model: called as load_model(model_args, seed=..., device=...).
 
     Raises:
-        InputError: a setting, file or data set that cannot be used.
+        InputError: a setting, file or data set that cannot be used; a checkpoint that cannot be written.
+        SystemExit: code 75 after SIGTERM or SIGUSR1, with a checkpoint to go on from (`SaveOnSignal`).
     """
     initial_training_setup(model_args, data_args, training_args)
     tokenizer = get_tokenizer(model_args)
@@ -92,7 +93,8 @@ def fine_tune(
     result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
-    trainer.save_model(os.path.join(str(training_args.output_dir), "checkpoint-final"))
+    with trainer.writing_whole(os.path.join(str(training_args.output_dir), "checkpoint-final")) as folder:
+        trainer.save_model(folder)
     if "test" in rows:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)

@@ -7,22 +7,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import datasets
 import torch
 import transformers
 from peft import PeftModel
-from torch.utils.data import Dataset, IterableDataset
 
 from dllm.core.editing import MASKED, EditPlanner, EditSettings
 from dllm.core.losses import NormType, WeightType, loss_weights, normalise, row_sums, token_nll
 from dllm.core.modes import evaluating, frozen
+from dllm.core.packing import packed_inputs, packed_positions
 from dllm.core.schedulers import BaseAlphaScheduler, get_alpha_scheduler_class, make_alpha_scheduler
 from dllm.core.trainers.artifacts import save_model_card, save_record
+from dllm.core.trainers.checkpointing import CheckpointingTrainer
 from dllm.core.trainers.editing import Editor
 from dllm.core.trainers.guard import NonFiniteGuard
 from dllm.core.trainers.engines import call_all_experts
 from dllm.core.trainers.meters import BatchCounts, NLLMetric, OnEvaluateMetricsCallback, PPLMetric, StepClock
+from dllm.core.trainers.rows import RowsTrainer
 from dllm.data.collators import Batch, NoisingCollator, PaddingCollator
+from dllm.data.examples import with_example_ids
 from dllm.models.backbone import unwrap
 from dllm.models.relay_norm import relay_keys, save_relay_keys, warn_idle_relay
 from dllm.models.spec import spec_of
@@ -67,7 +69,7 @@ class MDLMConfig(EditSettings, TrainingArguments):
         self.check_editing()
 
 
-class MDLMTrainer(transformers.Trainer):
+class MDLMTrainer(CheckpointingTrainer, RowsTrainer):
     """Trains a masked-diffusion LM: mask with t ~ U(eps, 1), predict the masked tokens, weigh by w(t) (arXiv
     2502.09992, equation 3).
 
@@ -97,8 +99,8 @@ class MDLMTrainer(transformers.Trainer):
         Everything else as in transformers.Trainer.
 
     Raises:
-        InputError: no mask or pad token, an iterable data set, reentrant activation checkpointing, several GPUs in one
-            process, or a Trainer option that could not take effect.
+        InputError: no mask or pad token, rows that `RowsTrainer` refuses, reentrant activation checkpointing, several
+            GPUs in one process, or a Trainer option that could not take effect.
     """
 
     # compute_loss returns the mean over its own batch, so Trainer must divide by gradient_accumulation_steps. Which of
@@ -132,8 +134,8 @@ class MDLMTrainer(transformers.Trainer):
             model=model,
             args=args,
             data_collator=train_collator,
-            train_dataset=with_example_ids(train_dataset),
-            eval_dataset=with_example_ids(eval_dataset),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
             **kwargs,
         )
@@ -199,11 +201,13 @@ class MDLMTrainer(transformers.Trainer):
 
     def network_inputs(self, inputs: Batch) -> dict[str, Any]:
         """What the model is called with to look at the state `noised_ids` of a batch."""
+        if "packing" in inputs:
+            return packed_inputs(self.lm.config._attn_implementation, inputs["packing"], [inputs["noised_ids"]])
         return {"input_ids": inputs["noised_ids"], "attention_mask": inputs.get("attention_mask")}
 
     def network_positions(self, inputs: Batch, positions: torch.Tensor) -> torch.Tensor:
         """Where the flat `positions` into [B * L] stand in the input that `network_inputs` makes, int64 [N]."""
-        return positions
+        return packed_positions(inputs["packing"], positions) if "packing" in inputs else positions
 
     def forward_positions(self, model, inputs: Batch, positions: torch.Tensor):
         """The model's output on the state of a batch, with logits [N, V] that predict flat `positions` [N] only."""
@@ -371,39 +375,6 @@ class _SetEpoch(transformers.TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
         # Fractional when a run resumes inside an epoch; the small term absorbs the rounding of a division.
         self.collator.set_epoch(int((state.epoch or 0.0) + 1e-6))
-
-
-class _WithExampleIds(Dataset):
-    """A map-style data set whose rows get their index as `example_id`."""
-
-    def __init__(self, rows) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Batch:
-        return {**self.rows[index], "example_id": index}
-
-
-def with_example_ids(dataset: Any) -> Any:
-    """`dataset` with an `example_id` in every row (its index, unless the rows have one already); None and dicts of data
-    sets pass through.
-
-    Raises:
-        InputError: an iterable data set: it has no index to number its rows by.
-    """
-    if dataset is None:
-        return None
-    if isinstance(dataset, dict):
-        return {name: with_example_ids(part) for name, part in dataset.items()}
-    if isinstance(dataset, (IterableDataset, datasets.IterableDataset)):
-        raise InputError("iterable data sets are not available yet: give one with a length and rows by index")
-    if isinstance(dataset, datasets.Dataset):
-        if "example_id" in dataset.column_names:
-            return dataset
-        return dataset.add_column("example_id", list(range(len(dataset))))
-    return _WithExampleIds(dataset) if len(dataset) and "example_id" not in dataset[0] else dataset
 
 
 def _check_settings(args: TrainingArguments, trainer_options: dict[str, Any]) -> None:

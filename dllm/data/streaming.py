@@ -1,0 +1,85 @@
+"""Rows that are read while training: an endless, numbered stream, the same on every process."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import datasets
+from torch.utils.data import IterableDataset, get_worker_info
+
+from dllm.utils.logging import get_default_logger
+from dllm.utils.parsing import InputError
+
+logger = get_default_logger(__name__)
+
+Row = dict[str, Any]
+# An endless iterator of rows -> another one.
+Step = Callable[[Iterator[Row]], Iterator[Row]]
+
+DROP = "_drop"  # key of a fitted row: why it is left out, "" if it is not
+_READ_ROWS = 100
+
+
+class RowStream(IterableDataset):
+    """The rows of a source, over and over again, each with its running number as `example_id`.
+
+    The numbers go on when the source starts anew, so that every pass has masks of its own. Rows, numbers and order
+    depend on the source and the settings alone: every process reads all of them, and `accelerate` picks its share
+    (`dispatch_batches` must be off). In worker processes of a data loader each worker yields whole turns of
+    `rows_per_turn` rows, which the loader puts back in order.
+
+    Args:
+        source: rows; a `datasets.IterableDataset` that was shuffled is shuffled anew in every pass. Any other iterable
+            must start again with each `iter` and yield all its rows in every process.
+        fit: makes a token row of a source row, with the key DROP; None: the source's rows are taken as they are.
+        steps: what is done with the endless iterator of fitted rows, in order (grouping, packing).
+
+    Raises:
+        InputError: while iterating: a whole pass leaves no row.
+    """
+
+    def __init__(self, source: Iterable[Row], fit: Callable[[Row], Row] | None = None, steps: Sequence[Step] = ()):
+        self.source, self.fit, self.steps = source, fit, tuple(steps)
+        self.rows_per_turn = 1
+
+    def __iter__(self) -> Iterator[Row]:
+        rows = self._fitted()
+        for step in self.steps:
+            rows = step(rows)
+        worker = get_worker_info()
+        for number, row in enumerate(rows):
+            if worker is None or number // self.rows_per_turn % worker.num_workers == worker.id:
+                yield {**row, "example_id": number}
+
+    def _fitted(self) -> Iterator[Row]:
+        number = 0
+        for epoch in itertools.count():
+            start, dropped = number, Counter()
+            for row in _read(self.source, epoch):
+                fitted = row if self.fit is None else self.fit(row)
+                why = fitted.get(DROP, "")
+                if why:
+                    dropped[why] += 1
+                    continue
+                yield {**{key: value for key, value in fitted.items() if key != DROP}, "example_id": number}
+                number += 1
+            told = "; ".join(f"{why}: {count:,}" for why, count in sorted(dropped.items()))
+            if number == start:
+                raise InputError(f"the stream leaves no row to train on ({told or 'it is empty'}); raise --max_length")
+            if dropped and epoch == 0:
+                logger.warning(f"{dropped.total():,} of {number + dropped.total():,} streamed rows dropped ({told})")
+
+
+def _read(source: Iterable[Row], epoch: int) -> Iterator[Row]:
+    """All rows of one pass, in a worker process too."""
+    if not isinstance(source, datasets.IterableDataset):
+        yield from source
+        return
+    source.set_epoch(epoch)
+    # Not iter(source): in a worker process that would be the worker's share of the files.
+    for columns in source.iter(batch_size=_READ_ROWS):
+        for values in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, values, strict=True))
