@@ -241,19 +241,27 @@ _MESSAGES = datasets.Features(
 )
 
 
+def _columns_of(rows: Any) -> list[str]:
+    # A stream may not know its columns before a row.
+    return rows.column_names or list(next(iter(rows), {}))
+
+
 def _to_messages(part: DatasetPart, splits: dict[str, Any], num_proc: int | None) -> dict[str, Any]:
     converted = {}
     for split, rows in splits.items():
-        if "input_ids" in rows.column_names:
+        columns = _columns_of(rows)
+        if "input_ids" in columns:
             raise InputError(f"{part.name!r} is tokenised already: pass --load_preprocessed_data True")
+        options: dict[str, Any] = {}
+        if isinstance(rows, datasets.Dataset):
+            options = {"num_proc": processes_for(num_proc, rows), "desc": f"reading {part.name} {split}"}
         converted[split] = rows.map(
             _messages_of_row,
             with_indices=True,
             fn_kwargs={"place": f"{part.name}, {split}"},
-            remove_columns=rows.column_names,
+            remove_columns=columns,
             features=_MESSAGES,
-            num_proc=processes_for(num_proc, rows),
-            desc=f"reading {part.name} {split}",
+            **options,
         )
     return converted
 
@@ -314,7 +322,7 @@ def load_sft_dataset(
 
 def _only_text(part: DatasetPart, splits: dict[str, Any]) -> dict[str, Any]:
     for split, rows in splits.items():
-        columns = rows.column_names or list(next(iter(rows), {}))  # a stream may not know its columns before a row
+        columns = _columns_of(rows)
         if "text" not in columns:
             raise InputError(f"{part.name!r}, {split} has no column 'text'; columns found: {', '.join(columns)}")
     return {split: rows.select_columns(["text"]) for split, rows in splits.items()}
@@ -323,6 +331,22 @@ def _only_text(part: DatasetPart, splits: dict[str, Any]) -> dict[str, Any]:
 def _as_stream(rows: Any) -> datasets.IterableDataset:
     # What save_to_disk wrote is memory-mapped: it comes whole, and costs nothing until it is read.
     return rows if isinstance(rows, datasets.IterableDataset) else rows.to_iterable_dataset()
+
+
+def stream_sft_dataset(dataset_args: str) -> datasets.IterableDatasetDict:
+    """As `load_sft_dataset` of raw data sets, read while iterating instead of first.
+
+    Args:
+        dataset_args: the grammar at the top of this module.
+
+    Raises:
+        InputError: those of `load_sft_dataset`, of a row while iterating.
+    """
+    parts = []
+    for part in parse_dataset_args(dataset_args):
+        splits = _select(part, _load_raw(part, streaming=True))
+        parts.append(_to_messages(part, {name: _as_stream(rows) for name, rows in splits.items()}, None))
+    return datasets.IterableDatasetDict(_join(parts))
 
 
 def load_pt_dataset(dataset_args: str, streaming: bool = False) -> datasets.DatasetDict | datasets.IterableDatasetDict:

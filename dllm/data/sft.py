@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from dllm.data.streaming import DROP
 from dllm.utils.args import DataArguments
 from dllm.utils.logging import get_default_logger
 from dllm.utils.parsing import InputError
@@ -178,7 +179,8 @@ def default_sft_map_fn(
     return {"input_ids": input_ids, "labels": masked + answer_ids, "prompt_len": len(prompt_ids)}
 
 
-def _map_row(row: Mapping[str, Any], index: int, place: str, **options: Any) -> dict[str, Any]:
+def map_row(row: Mapping[str, Any], index: int, place: str, **options: Any) -> dict[str, Any]:
+    """`default_sft_map_fn`, with errors that begin with `place` and the number of the row."""
     try:
         return default_sft_map_fn(row, **options)
     except InputError as error:
@@ -199,7 +201,7 @@ def tokenize_sft_dataset(
     tokenized = {}
     for split, rows in dataset.items():
         tokenized[split] = rows.map(
-            _map_row,
+            map_row,
             with_indices=True,
             fn_kwargs={
                 "place": f"split {split}",
@@ -221,8 +223,8 @@ def processes_for(num_proc: int | None, rows: datasets.Dataset) -> int | None:
 _KEEP, _TOO_LONG, _NO_ROOM, _NO_ANSWER = "", "row longer than", "prompt fills", "no answer within"
 
 
-def _fit_row(row: Mapping[str, Any], index: int, max_length: int, truncation: str) -> dict[str, Any]:
-    """The row cut to max_length, its example_id, and why it must be dropped ("" when it stays)."""
+def fit_row(row: Mapping[str, Any], index: int, max_length: int, truncation: str) -> dict[str, Any]:
+    """The row cut to max_length, its example_id, and under DROP why it must be left out ("" when it stays)."""
     length, prompt_len = len(row["input_ids"]), row["prompt_len"]
     why = _KEEP
     if prompt_len >= length:
@@ -234,7 +236,7 @@ def _fit_row(row: Mapping[str, Any], index: int, max_length: int, truncation: st
     fitted = clip_row(row, max_length, "left" if truncation == "left" else "right")
     if why == _KEEP and all(label == -100 for label in fitted["labels"]):
         why = _NO_ANSWER
-    return {**fitted, "example_id": index, "_drop": why}
+    return {**fitted, "example_id": index, DROP: why}
 
 
 def _post_process_split(
@@ -247,20 +249,20 @@ def _post_process_split(
             "tokenise it first, with tokenize_sft_dataset or .map(default_sft_map_fn)"
         )
     fitted = rows.map(
-        _fit_row,
+        fit_row,
         with_indices=True,
         fn_kwargs={"max_length": max_length, "truncation": truncation},
         num_proc=processes_for(num_proc, rows),
         desc=f"fitting {split} to {max_length} tokens",
     )
-    dropped = Counter(why for why in fitted["_drop"] if why != _KEEP)
+    dropped = Counter(why for why in fitted[DROP] if why != _KEEP)
     if dropped:
         told = "; ".join(f"{why} max_length {max_length}: {count:,}" for why, count in sorted(dropped.items()))
         if dropped.total() == len(rows):
             raise InputError(f"no row of split {split} is left of {len(rows):,} ({told}); raise --max_length")
         logger.warning(f"split {split}: {dropped.total():,} of {len(rows):,} rows dropped ({told})")
-        fitted = fitted.filter(lambda why: why == _KEEP, input_columns="_drop", desc=f"dropping rows of {split}")
-    return fitted.remove_columns("_drop")
+        fitted = fitted.filter(lambda why: why == _KEEP, input_columns=DROP, desc=f"dropping rows of {split}")
+    return fitted.remove_columns(DROP)
 
 
 def post_process_dataset(dataset: AnyDataset, data_args: DataArguments) -> AnyDataset:

@@ -34,14 +34,15 @@ class RowStream(IterableDataset):
     Args:
         source: rows; a `datasets.IterableDataset` that was shuffled is shuffled anew in every pass. Any other iterable
             must start again with each `iter` and yield all its rows in every process.
-        fit: makes a token row of a source row, with the key DROP; None: the source's rows are taken as they are.
+        fit: makes a token row of a source row and its number in the pass; its entry DROP, if it has one, says why it is
+            left out. None: the source's rows are taken as they are.
         steps: what is done with the endless iterator of fitted rows, in order (grouping, packing).
 
     Raises:
         InputError: while iterating: a whole pass leaves no row.
     """
 
-    def __init__(self, source: Iterable[Row], fit: Callable[[Row], Row] | None = None, steps: Sequence[Step] = ()):
+    def __init__(self, source: Iterable[Row], fit: Callable[[Row, int], Row] | None = None, steps: Sequence[Step] = ()):
         self.source, self.fit, self.steps = source, fit, tuple(steps)
         self.rows_per_turn = 1
 
@@ -58,8 +59,8 @@ class RowStream(IterableDataset):
         number = 0
         for epoch in itertools.count():
             start, dropped = number, Counter()
-            for row in _read(self.source, epoch):
-                fitted = row if self.fit is None else self.fit(row)
+            for index, row in enumerate(_read(self.source, epoch)):
+                fitted = row if self.fit is None else self.fit(row, index)
                 why = fitted.get(DROP, "")
                 if why:
                     dropped[why] += 1

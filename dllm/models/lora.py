@@ -72,7 +72,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> PeftM
     Raises:
         InputError: a target that is no linear of the layers; the allowed ones are listed.
     """
-    targets = _targets(model, settings.target_modules)
+    targets = lora_targets(model, settings.target_modules)
     head = spec_of(model).head
     config = LoraConfig(
         task_type=None,
@@ -181,8 +181,16 @@ def read_adapter_config(adapter_name_or_path: str) -> PeftConfig:
     return config
 
 
-def _targets(model: PreTrainedModel, wanted: str) -> list[str]:
-    """Leaf names for PEFT: what was asked for, each of them checked to be a linear of the layers."""
+def lora_targets(model: PreTrainedModel, wanted: str) -> list[str]:
+    """Leaf names for PEFT: what was asked for, each of them checked to be a linear of the layers.
+
+    Args:
+        model: an unwrapped model of this library.
+        wanted: as `LoraSettings.target_modules`.
+
+    Raises:
+        InputError: no linear of the layers has such a name; the allowed ones are listed.
+    """
     layers = model.get_submodule(spec_of(model).layers)
     linears = [name for name, module in layers.named_modules() if isinstance(module, nn.Linear)]
     leaves = sorted({name.rpartition(".")[2] for name in linears})

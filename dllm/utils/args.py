@@ -239,8 +239,8 @@ class TrainingArguments(transformers.TrainingArguments):
     hub_strategy: str = field(
         default="end",
         metadata={
-            "help": "What --push_to_hub uploads: end = the finished model; every_save, checkpoint, all_checkpoints = also "
-            "while training, which includes Trainer's own pickles (training_args.bin, optimizer state)."
+            "help": "What --push_to_hub uploads: end = the finished model; every_save, checkpoint, all_checkpoints "
+            "also while training, with Trainer's own pickles (training_args.bin, optimizer state)."
         },
     )
     report_to: str | None = field(

@@ -53,6 +53,31 @@ All settings are in {record}.
 """
 
 
+class KeepConfig(transformers.TrainerCallback):
+    """Takes back what Trainer writes into a model's configuration, so that a saved config.json is that of the base:
+    `use_cache`, which no family reads, and ids of tokens that the tokenizer names and the configuration does not.
+
+    Args:
+        config: of the unwrapped model, as it was loaded.
+    """
+
+    FIELDS = ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
+
+    def __init__(self, config: transformers.PreTrainedConfig) -> None:
+        self.config = config
+        self.stored = {name: value for name, value in vars(config).items() if name in self.FIELDS}
+
+    def restore(self) -> None:
+        """Sets the fields to what they were."""
+        for name in self.FIELDS:
+            vars(self.config).pop(name, None)
+        vars(self.config).update(self.stored)
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Trainer has just matched the tokens."""
+        self.restore()
+
+
 def save_record(folder: str | os.PathLike[str], trainer: transformers.Trainer, lm: PreTrainedModel) -> None:
     """Writes training_args.json, in place of the pickle of the same settings that Trainer has just written.
 

@@ -91,6 +91,8 @@ class BD3LMTrainer(MDLMTrainer):
             one.
     """
 
+    takes_packed_rows = False
+
     args: BD3LMConfig
     block_size: int
 

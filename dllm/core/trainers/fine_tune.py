@@ -7,16 +7,15 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import datasets
-from transformers import PreTrainedTokenizerBase
-
 from dllm.core.trainers.mdlm import MDLMConfig, MDLMTrainer
-from dllm.data.datasets import load_sft_dataset
-from dllm.data.sft import post_process_dataset, tokenize_sft_dataset
+from dllm.core.trainers.rows import refuse_rows
+from dllm.data.collators import PaddingCollator
+from dllm.data.prepare import RowSets, load_sft_rows
 from dllm.models.auto import get_model, get_tokenizer
 from dllm.utils.args import DataArguments, ModelArguments, initial_training_setup
 from dllm.utils.distributed import main_process_first
 from dllm.utils.parsing import InputError
+from dllm.utils.tokens import token_id
 
 Choice = TypeVar("Choice")
 
@@ -37,33 +36,13 @@ def find_choice(arguments: Sequence[str], flag: str, choices: Mapping[str, Choic
     return choices[name]
 
 
-def load_rows(
-    model_args: ModelArguments, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase
-) -> datasets.DatasetDict:
-    """The token rows that the data arguments name, cut to max_length, by split.
-
-    Raises:
-        InputError: see `load_sft_dataset`, `tokenize_sft_dataset` and `post_process_dataset`.
-    """
-    rows = load_sft_dataset(
-        data_args.dataset_args,
-        data_args.load_preprocessed_data,
-        model_name_or_path=model_args.model_name_or_path,
-        tokenizer=tokenizer,
-        mask_prompt_loss=data_args.mask_prompt_loss,
-        num_proc=data_args.num_proc,
-    )
-    if not data_args.load_preprocessed_data:
-        rows = tokenize_sft_dataset(rows, tokenizer, data_args.mask_prompt_loss, data_args.num_proc)
-    return post_process_dataset(rows, data_args)
-
-
 def fine_tune(
     trainer_class: type[MDLMTrainer],
     model_args: ModelArguments,
     data_args: DataArguments,
     training_args: MDLMConfig,
     load_model: Callable[..., Any] = get_model,
+    load_rows: Callable[..., RowSets] = load_sft_rows,
 ) -> MDLMTrainer:
     """Trains and returns the trainer.
 
@@ -74,21 +53,31 @@ def fine_tune(
         trainer_class: what trains.
         model_args, data_args, training_args: all settings.
         load_model: called as load_model(model_args, seed=..., device=...).
+        load_rows: called as load_rows(data_args, tokenizer, model_name_or_path, seed).
 
     Raises:
         InputError: a setting, file or data set that cannot be used; a checkpoint that cannot be written.
         SystemExit: code 75 after SIGTERM or SIGUSR1, with a checkpoint to go on from (`SaveOnSignal`).
     """
+    refuse_rows(trainer_class, training_args, streamed=data_args.streaming, packed=data_args.packing)
     initial_training_setup(model_args, data_args, training_args)
     tokenizer = get_tokenizer(model_args)
+    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
     with main_process_first(per_node=True):
-        rows = load_rows(model_args, data_args, tokenizer)
+        rows = load_rows(data_args, tokenizer, model_args.model_name_or_path, seed)
+    if "train" not in rows:
+        raise InputError(f"{data_args.dataset_args!r} names no train rows: name some")
+    padding: dict[str, Any] = {}
+    if data_args.hides_padding:
+        pad = PaddingCollator(token_id(tokenizer, "pad_token"), train_on_padding=False, hide_padding=True)
+        padding = {"data_collator": pad}
     trainer = trainer_class(
         model=load_model(model_args, seed=training_args.seed, device=training_args.device),
         args=training_args,
         processing_class=tokenizer,
         train_dataset=rows["train"],
         eval_dataset=rows.get("test"),
+        **padding,
     )
     result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_metrics("train", result.metrics)

@@ -16,7 +16,7 @@ from dllm.core.losses import NormType, WeightType, loss_weights, normalise, row_
 from dllm.core.modes import evaluating, frozen
 from dllm.core.packing import packed_inputs, packed_positions
 from dllm.core.schedulers import BaseAlphaScheduler, get_alpha_scheduler_class, make_alpha_scheduler
-from dllm.core.trainers.artifacts import save_model_card, save_record
+from dllm.core.trainers.artifacts import KeepConfig, save_model_card, save_record
 from dllm.core.trainers.checkpointing import CheckpointingTrainer
 from dllm.core.trainers.editing import Editor
 from dllm.core.trainers.guard import NonFiniteGuard
@@ -130,6 +130,7 @@ class MDLMTrainer(CheckpointingTrainer, RowsTrainer):
         pad = data_collator or self.make_padding(args, processing_class)
         train_collator = self.make_collator(pad, args, processing_class, "train")
         self.eval_collator = self.make_collator(pad, args, processing_class, "eval")
+        keep_config = KeepConfig(self.lm.config)
         super().__init__(
             model=model,
             args=args,
@@ -142,6 +143,7 @@ class MDLMTrainer(CheckpointingTrainer, RowsTrainer):
         call_all_experts(self, self.lm)
         # Trainer's __init__ infers this from the signature of forward and would overwrite the class attribute.
         self.model_accepts_loss_kwargs = False
+        keep_config.restore()
         self.clock = StepClock()
         self.logged_seconds = 0.0  # spent on the steps of the last training log
         self.eval_metrics = OnEvaluateMetricsCallback(self, {"nll": NLLMetric(), "ppl": PPLMetric()})
@@ -150,7 +152,7 @@ class MDLMTrainer(CheckpointingTrainer, RowsTrainer):
             self.editor = Editor(train_collator.editing.replacements, self.args.device)
             self.eval_metrics.metrics.update(self.editor.eval_metrics())
         self.counts = BatchCounts(self.args.device)
-        for callback in (self.clock, self.eval_metrics, _SetEpoch(train_collator)):
+        for callback in (keep_config, self.clock, self.eval_metrics, _SetEpoch(train_collator)):
             self.add_callback(callback)
         self.guard: NonFiniteGuard | None = None
         if self.args.stop_on_nonfinite_loss:

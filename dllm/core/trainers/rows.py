@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from dllm.core.noising import make_generator
+from dllm.data.collators import NoisingCollator
 from dllm.data.examples import is_stream, row_lengths, with_example_ids
 from dllm.data.packing import is_packed
 from dllm.data.streaming import RowStream
@@ -38,36 +39,33 @@ class RowsTrainer(transformers.Trainer):
 
     args: TrainingArguments
 
-    def __init__(self, *, args: TrainingArguments, train_dataset=None, eval_dataset=None, **kwargs: Any) -> None:
-        if is_stream(train_dataset):
-            self._check_stream(args)
-        if is_packed(train_dataset) and not self.takes_packed_rows:
-            raise InputError(f"{type(self).__name__} cannot train on packed rows: drop --packing")
+    def __init__(
+        self,
+        *,
+        args: TrainingArguments,
+        data_collator: NoisingCollator,
+        train_dataset=None,
+        eval_dataset=None,
+        **kwargs: Any,
+    ) -> None:
+        packed, streamed = is_packed(train_dataset), is_stream(train_dataset)
+        refuse_rows(type(self), args, streamed=streamed, packed=packed)
+        if packed:
+            data_collator.check_packing()
+        if streamed:
+            loading: Any = args.accelerator_config
+            loading.dispatch_batches = False  # each process collates its own rows
         if is_packed(eval_dataset):
             raise InputError("an evaluation looks at each document on its own: pack the training rows only")
         super().__init__(
             args=args,
+            data_collator=data_collator,
             train_dataset=with_example_ids(train_dataset, may_stream=True),
             eval_dataset=with_example_ids(eval_dataset),
             **kwargs,
         )
         self._groups = _Groups()
         self.add_callback(self._groups)
-
-    def _check_stream(self, args: TrainingArguments) -> None:
-        if not self.takes_streams:
-            raise InputError(f"{type(self).__name__} needs rows with a length: drop --streaming")
-        if args.max_steps <= 0:
-            raise InputError("a stream has no end that an epoch could be counted by: give --max_steps")
-        if args.train_sampling_strategy != "random":
-            raise InputError(
-                f"--train_sampling_strategy {args.train_sampling_strategy} has no effect on a stream, which is read in "
-                "order: drop it"
-            )
-        loading: Any = args.accelerator_config
-        if loading.dispatch_batches:
-            raise InputError("dispatch_batches cannot cut up batches of packed loss positions: drop it")
-        loading.dispatch_batches = False  # each process collates its own rows
 
     def get_train_dataloader(self) -> DataLoader:
         """As in Trainer; a stream learns how many rows one step of all processes takes."""
@@ -89,6 +87,30 @@ class RowsTrainer(transformers.Trainer):
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         return SequentialSampler(eval_dataset)
+
+
+def refuse_rows(trainer_class: type[RowsTrainer], args: TrainingArguments, *, streamed: bool, packed: bool) -> None:
+    """Nothing, if the trainer can take training rows of this form; a script asks before it loads anything.
+
+    Raises:
+        InputError: see `RowsTrainer`.
+    """
+    if packed and not trainer_class.takes_packed_rows:
+        raise InputError(f"{trainer_class.__name__} cannot train on packed rows: drop --packing")
+    if not streamed:
+        return
+    if not trainer_class.takes_streams:
+        raise InputError(f"{trainer_class.__name__} needs rows with a length: drop --streaming")
+    if args.max_steps <= 0:
+        raise InputError("a stream has no end that an epoch could be counted by: give --max_steps")
+    if args.train_sampling_strategy != "random":
+        raise InputError(
+            f"--train_sampling_strategy {args.train_sampling_strategy} has no effect on a stream, which is read in "
+            "order: drop it"
+        )
+    loading: Any = args.accelerator_config
+    if loading.dispatch_batches:
+        raise InputError("dispatch_batches cannot cut up a stream's batches, whose loss positions are flat: drop it")
 
 
 class LengthGroups(LengthGroupedSampler):
