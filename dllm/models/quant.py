@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.bitsandbytes import validate_bnb_backend_availability
 from transformers.utils.import_utils import is_bitsandbytes_available
 
@@ -22,8 +23,10 @@ def nf4_config(compute_dtype: torch.dtype, spec: ModelSpec) -> BitsAndBytesConfi
     """NF4 with double quantisation for every linear but the head.
 
     Raises:
-        InputError: bitsandbytes is not installed, or supports no device of this machine.
+        InputError: bitsandbytes is not installed, or supports no device of this machine; DeepSpeed ZeRO-3 is asked for.
     """
+    if is_deepspeed_zero3_enabled():
+        raise InputError("ZeRO-3 cannot shard 4-bit weights: use DDP, FSDP2 or ZeRO-2, or drop load_in_4bit")
     if not is_bitsandbytes_available():
         raise InputError(
             "4-bit needs bitsandbytes, which is not installed: pip install 'memdlm[quant]', or drop load_in_4bit"

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
-from peft.utils.integrations import gather_params_ctx
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from dllm.core.losses import WeightType
 from dllm.core.noising import flat_positions
 from dllm.core.trainers.bd3lm import BD3LMConfig, BD3LMTrainer
-from dllm.core.trainers.engines import refuse_torch_compile
+from dllm.core.trainers.engines import gathered, refuse_fsdp1, refuse_torch_compile
 from dllm.core.trainers.mdlm import MDLMConfig, MDLMTrainer
 from dllm.core.trainers.meters import MeanMetric
 from dllm.data.collators import Batch
@@ -139,8 +138,7 @@ class RelayTrainer(MDLMTrainer):
 
     def _refuse_engines(self) -> None:
         refuse_torch_compile(self, "a relay")
-        if self.is_fsdp_enabled:
-            raise InputError("a relay with FSDP is not available yet: use DDP or DeepSpeed")
+        refuse_fsdp1(self, "a relay")
         if not self.rolls_out:
             return
         if self.args.auto_find_batch_size:
@@ -291,8 +289,8 @@ class RelayTrainer(MDLMTrainer):
             self._logged_refills = self.buffer.num_refilled
         if self.channel is not None:
             norm = self.channel.norm
-            with gather_params_ctx(list(norm.parameters())), torch.no_grad():
-                logs["relay_gate_norm"], logs["relay_bias_norm"] = float(norm.weight.norm()), float(norm.bias.norm())
+            with torch.no_grad(), gathered(norm.weight, norm.bias) as (gate, bias):
+                logs["relay_gate_norm"], logs["relay_bias_norm"] = float(gate.norm()), float(bias.norm())
         self._sums = RelaySums(self.relay_config.num_steps)
         return logs
 

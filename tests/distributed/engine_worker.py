@@ -2,8 +2,8 @@
 
     accelerate launch --config_file scripts/accelerate_configs/cpu_zero2.yaml engine_worker.py OUTPUT SCENARIOS.json
 
-Each process writes what it saw to OUTPUT/RANK.json, and every scenario its model to OUTPUT/NAME/final. Started without a
-launcher it is the run in one process.
+Each process writes what it saw to OUTPUT/RANK.json, and every scenario its model to OUTPUT/NAME/final. Started without
+a launcher it is the run in one process.
 """
 
 import json

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from dllm.core.trainers.engines import will_shard
 from dllm.core.trainers.mdlm import MDLMConfig, MDLMTrainer
 from dllm.core.trainers.rows import refuse_rows
 from dllm.data.collators import PaddingCollator
@@ -72,7 +73,9 @@ def fine_tune(
         pad = PaddingCollator(token_id(tokenizer, "pad_token"), train_on_padding=False, hide_padding=True)
         padding = {"data_collator": pad}
     trainer = trainer_class(
-        model=load_model(model_args, seed=training_args.seed, device=training_args.device),
+        model=load_model(
+            model_args, seed=training_args.seed, device=None if will_shard(training_args) else training_args.device
+        ),
         args=training_args,
         processing_class=tokenizer,
         train_dataset=rows["train"],

@@ -19,8 +19,8 @@ from dllm.core.schedulers import BaseAlphaScheduler, get_alpha_scheduler_class, 
 from dllm.core.trainers.artifacts import KeepConfig, save_model_card, save_record
 from dllm.core.trainers.checkpointing import CheckpointingTrainer
 from dllm.core.trainers.editing import Editor
-from dllm.core.trainers.guard import NonFiniteGuard
 from dllm.core.trainers.engines import call_all_experts
+from dllm.core.trainers.guard import NonFiniteGuard
 from dllm.core.trainers.meters import BatchCounts, NLLMetric, OnEvaluateMetricsCallback, PPLMetric, StepClock
 from dllm.core.trainers.rows import RowsTrainer
 from dllm.data.collators import Batch, NoisingCollator, PaddingCollator
