@@ -2,6 +2,7 @@
 
 import copy
 import random
+from typing import Any
 
 import datasets
 import pytest
@@ -142,7 +143,8 @@ def test_memory_of_packed_rows_is_that_of_their_documents(make_model, target: st
     written, logits = [], []
     for rows in (_packed(documents), documents):
         model = make_model("llada").double()
-        config = MemoryConfig(enabled=True, inner_target=target, inner_loss_type=loss, inner_layer_fraction=0.7)
+        settings: Any = {"inner_target": target, "inner_loss_type": loss}
+        config = MemoryConfig(enabled=True, inner_layer_fraction=0.7, **settings)
         memory = ParametricMemory(model, config, LinearAlphaScheduler())
         pad = PaddingCollator(PAD, train_on_padding=False, hide_padding=True)
         collator = MemoryCollator(pad, config=config, scheduler=LinearAlphaScheduler(), mask_token_id=MASK)
@@ -157,6 +159,7 @@ def test_memory_of_packed_rows_is_that_of_their_documents(make_model, target: st
         with memory.attached() as fast:
             with memory.writing(plan, memory.prefixes(plan), initial):
                 logits.append(model(**inputs, logit_positions=positions).logits.detach())
+            assert fast.value is not None
             written.append(fast.value.clone())
         assert float((written[-1] - initial).norm()) > 1e-3
     # Fast weights are float32, and gradients are summed in another order.
