@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -56,10 +57,13 @@ class RowStream(IterableDataset):
                 yield {**row, "example_id": number}
 
     def _fitted(self) -> Iterator[Row]:
+        # A copy of one's own: the epoch of a datasets.IterableDataset lies in memory that worker processes share, though
+        # each of them may be in another pass.
+        source = copy.deepcopy(self.source) if isinstance(self.source, datasets.IterableDataset) else self.source
         number = 0
         for epoch in itertools.count():
             start, dropped = number, Counter()
-            for index, row in enumerate(_read(self.source, epoch)):
+            for index, row in enumerate(_read(source, epoch)):
                 fitted = row if self.fit is None else self.fit(row, index)
                 why = fitted.get(DROP, "")
                 if why:
