@@ -33,9 +33,9 @@ def will_shard(args: transformers.TrainingArguments) -> bool:
 def gathered(*weights: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """The whole of weights that an engine may have sharded, to be read inside the block; all ranks must take part."""
     if is_deepspeed_zero3_enabled():
-        from deepspeed.zero import GatheredParameters  # an extra: importing this module must work without it
+        import deepspeed  # an extra: importing this module must work without it
 
-        with GatheredParameters(list(weights)):
+        with deepspeed.zero.GatheredParameters(list(weights)):
             yield weights
     else:
         yield tuple(weight.full_tensor() if isinstance(weight, DTensor) else weight for weight in weights)
