@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from safetensors.torch import load_file
 
 from dllm.core.trainers import BD3LMConfig, BD3LMTrainer
 from dllm.models.auto import load_tokenizer
@@ -62,7 +61,9 @@ def make_rows(first_empty: bool) -> list[dict]:
 def make_trainer(scenario: dict[str, Any], output: pathlib.Path) -> Any:
     """The trainer of a scenario, with all that it needs."""
     config_class, trainer_class = TRAINERS[scenario.get("trainer", "mdlm")]
-    settings = {"output_dir": str(output), "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    settings = {"output_dir": str(output), "use_cpu": True, "disable_tqdm": True}
+    if not scenario.get("resumes"):
+        settings["save_strategy"] = "no"
     # Before the model: the process group must be there when a sharded model is loaded.
     args = config_class(**{**settings, **scenario["settings"]})
     model_args = ModelArguments(scenario["checkpoint"], dtype="float32", **scenario.get("model", {}))
@@ -80,9 +81,9 @@ def make_trainer(scenario: dict[str, Any], output: pathlib.Path) -> Any:
     )
 
 
-def watch_memory(trainer: Any) -> list[float]:
-    """Gets the norm of every memory that is written in training."""
-    written: list[float] = []
+def watch_memory(trainer: Any) -> list[list[float]]:
+    """Gets |phi_K - phi_0| of every memory that is written in training."""
+    written: list[list[float]] = []
     if trainer.memory is None:
         return written
     memory = trainer.memory
@@ -101,9 +102,10 @@ def train(scenario: dict[str, Any], output: pathlib.Path) -> dict[str, Any]:
     """What one process saw of a training run."""
     trainer = make_trainer(scenario, output)
     written = watch_memory(trainer) if isinstance(trainer, MemDLMTrainer) else []
-    trainer.train(resume_from_checkpoint=scenario.get("resume"))
+    trainer.train()
     metrics = trainer.evaluate()
     trainer.save_model(str(output / "final"))
+    resumed = resume(scenario, output) if scenario.get("resumes") else []
     plugin = trainer.accelerator.state.deepspeed_plugin
     return {
         "world_size": trainer.accelerator.num_processes,
@@ -111,8 +113,17 @@ def train(scenario: dict[str, Any], output: pathlib.Path) -> dict[str, Any]:
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "grad_norms": [entry.get("grad_norm") for entry in trainer.state.log_history if "loss" in entry],
         "written": written,
+        "resumed": resumed,
         "metrics": {name: metrics[name] for name in sorted(metrics) if name in ("eval_nll", "eval_memory_loss")},
     }
+
+
+def resume(scenario: dict[str, Any], output: pathlib.Path) -> list[float]:
+    """The losses of a second run that goes on from the first one's checkpoint-2."""
+    trainer = make_trainer(scenario, output / "resumed")
+    trainer.train(resume_from_checkpoint=str(output / "checkpoint-2"))
+    trainer.save_model(str(output / "final_resumed"))
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry and entry["step"] > 2]
 
 
 def attempt(scenario: dict[str, Any], output: pathlib.Path) -> dict[str, Any]:
@@ -123,12 +134,6 @@ def attempt(scenario: dict[str, Any], output: pathlib.Path) -> dict[str, Any]:
         if not scenario.get("refused"):
             raise
         return {"refused": str(error)}
-
-
-def saved(folder: pathlib.Path) -> dict[str, torch.Tensor]:
-    """The tensors of a scenario's model or adapter file."""
-    (file,) = folder.glob("final/*model.safetensors")
-    return load_file(file)
 
 
 def main() -> None:
