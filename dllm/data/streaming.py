@@ -57,7 +57,7 @@ class RowStream(IterableDataset):
                 yield {**row, "example_id": number}
 
     def _fitted(self) -> Iterator[Row]:
-        # A copy of one's own: the epoch of a datasets.IterableDataset lies in memory that worker processes share, though
+        # A copy of one's own: the epoch of a datasets.IterableDataset lies in memory that worker processes share, and
         # each of them may be in another pass.
         source = copy.deepcopy(self.source) if isinstance(self.source, datasets.IterableDataset) else self.source
         number = 0

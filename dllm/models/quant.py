@@ -62,13 +62,29 @@ def _linears_4bit(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, Linear4bit)]
 
 
+def _warn_of_widths(linears: list[Any]) -> None:
+    """Says where bitsandbytes computes with other weights than it stored: on CPUs it unpacks row by row, also where the
+    blocks that share a scale go on from one row to the next (0.50.2)."""
+    wrong = [
+        module
+        for module in linears
+        if module.weight.device.type == "cpu" and module.in_features % module.weight.blocksize != 0
+    ]
+    if wrong:
+        logger.warning(
+            f"4-bit on the CPU: bitsandbytes gives {len(wrong)} linears scales of wrong rows (input widths that are no "
+            f"multiple of {wrong[0].weight.blocksize}): the quantised model is coarser than it would be on a GPU"
+        )
+
+
 def finish_4bit(model: PreTrainedModel) -> None:
     """Makes a model that was just loaded in 4-bit safe to train, and logs how much of it is 4-bit.
 
     Raises:
         InputError: a linear of the layers was left as it was.
     """
-    for module in _linears_4bit(model):
+    linears = _linears_4bit(model)
+    for module in linears:
         # Otherwise an evaluation on a CPU with avx512_bf16 repacks the weights for a kernel without gradients, and
         # training goes on with wrong ones.
         module.support_avx512bf16_for_cpu = False
@@ -76,4 +92,5 @@ def finish_4bit(model: PreTrainedModel) -> None:
     layers = model.get_submodule(spec_of(model).layers)
     if count == 0 or any(type(module) is nn.Linear for module in layers.modules()):
         raise InputError("not every linear of the layers became 4-bit: bitsandbytes cannot quantise this model")
+    _warn_of_widths(linears)
     logger.info(f"4-bit NF4: {count} linears, {share:.1%} of the weights")

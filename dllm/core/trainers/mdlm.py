@@ -84,7 +84,7 @@ class MDLMTrainer(CheckpointingTrainer, RowsTrainer):
 
     Overrides
         compute_loss                             the objective, on the collator's masks, head on masked positions only
-        prediction_step, evaluation_loop         likelihood and perplexity over all ranks
+        prediction_step, evaluation_loop         likelihood and perplexity over all ranks; no trace in the random state
         get_eval_dataloader, get_test_dataloader masks that do not change between evaluations
         training_step, log                       the guard; tokens, seconds per step and peak memory in the log
         train                                    the norm of a relay that is off is not trained
@@ -143,6 +143,9 @@ class MDLMTrainer(CheckpointingTrainer, RowsTrainer):
         call_all_experts(self, self.lm)
         # Trainer's __init__ infers this from the signature of forward and would overwrite the class attribute.
         self.model_accepts_loss_kwargs = False
+        if self.accelerator.ddp_handler is not None:
+            # Gradients live in the buckets that DDP exchanges: without this there is a second copy of all of them.
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
         keep_config.restore()
         self.clock = StepClock()
         self.logged_seconds = 0.0  # spent on the steps of the last training log
@@ -298,9 +301,11 @@ class MDLMTrainer(CheckpointingTrainer, RowsTrainer):
             self.eval_metrics.update(name, total / count.clamp(min=1), count)
 
     def evaluation_loop(self, *args, **kwargs):
-        """As in Trainer, with metrics that start at zero, also after an evaluation that was broken off."""
+        """As in Trainer, with metrics that start at zero, also after an evaluation that was broken off. Random states
+        are left alone, so that what training draws does not depend on evaluations in between."""
         self.eval_metrics.reset()
-        return super().evaluation_loop(*args, **kwargs)
+        with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+            return super().evaluation_loop(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None):
         """As in Trainer, with masks that are the same at every evaluation."""
