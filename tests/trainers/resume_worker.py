@@ -47,10 +47,10 @@ def die_at(trainer: MemDLMTrainer, batch: int, saving: int | None) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return loss
 
-    def half(folder: str) -> None:
+    def half(output_dir: str) -> None:
         if trainer.state.global_step == saving:
             os.kill(os.getpid(), signal.SIGKILL)
-        write(folder)
+        write(output_dir)
 
     trainer.training_step, trainer._save_rng_state = counted, half
 
