@@ -23,21 +23,22 @@ PACK_WINDOW = 1024  # documents that are laid out together
 
 
 def is_packed(dataset: Any) -> bool:
-    """Whether the rows of a data set (or a row itself) hold several documents each."""
+    """Whether the rows of a data set, or of any of several by name, hold documents."""
     if isinstance(dataset, datasets.Dataset):
         return DOCUMENT_LENGTHS in dataset.column_names
     if isinstance(dataset, RowStream):
         return any(isinstance(step, Packer) for step in dataset.steps)
     if isinstance(dataset, Mapping):
-        return DOCUMENT_LENGTHS in dataset or any(is_packed(part) for part in dataset.values())
-    return isinstance(dataset, Sequence) and len(dataset) > 0 and is_packed(dataset[0])
+        return any(is_packed(part) for part in dataset.values())
+    first = dataset[0] if isinstance(dataset, Sequence) and dataset else None
+    return isinstance(first, Mapping) and DOCUMENT_LENGTHS in first
 
 
 def plan_packs(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     """Indices of the documents of each pack, packs and their documents in order of appearance.
 
     Best fit, longest first: a document goes where the least room is left over, or opens a pack. So every document is in
-    one pack, none is cut, and at most one pack is half empty or emptier.
+    one pack, none is cut, and at most one pack is half full or less.
 
     Args:
         lengths: tokens of each document, 1 to max_length.

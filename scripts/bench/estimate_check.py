@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -85,7 +86,7 @@ def train(options: Options) -> None:
         model = make_model(options)
         if options.lora:
             model = add_lora(model, LoraSettings(r=LORA_RANK, dropout=0.0), options.seed)
-        trainer = MDLMTrainer(model=model, args=args, processing_class=tokenizer)
+        trainer: Any = MDLMTrainer(model=model, args=args, processing_class=tokenizer)
         number = NUM_STEPS * args.world_size * options.batch_size
         trainer.train_dataset = make_rows(
             replace(options, batch_size=number),  # pyright: ignore[reportArgumentType] (the same fields)

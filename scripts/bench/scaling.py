@@ -187,7 +187,13 @@ def print_results(results: dict[str, Any]) -> None:
     console.print(table)
     for kind, ratio in results["ratios"].items():
         print(f"ratio two/one {kind}: {ratio['ratio']:.3f}")
-        print(f"  single rounds {ratio['smallest']:.3f} to {ratio['largest']:.3f}")
+        cpu = results["times"][kind]["cpu_seconds"]
+        each = {side: statistics.median(seconds) / SIDES[side] for side, seconds in cpu.items()}
+        # CPU time tells when another program was in the way; waiting for each other is not in it.
+        print(
+            f"  single rounds {ratio['smallest']:.3f} to {ratio['largest']:.3f}, CPU time of a process "
+            f"{each['two'] / each['one']:.3f}"
+        )
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ class Turns(transformers.TrainerCallback):
 
     def __init__(self, steps: int, pipe: TextIO) -> None:
         self.steps, self.pipe = steps, pipe
-        self.loss = float("nan")
+        self.loss: Any = float("nan")
         self._began, self._cpu_began = 0.0, 0.0
 
     def say(self, message: dict[str, Any]) -> None:

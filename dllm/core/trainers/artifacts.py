@@ -21,7 +21,7 @@ RECORD_FILE = "training_args.json"
 CARD_FILE = "README.md"
 _PICKLE = "training_args.bin"  # what Trainer writes
 _NO_METRIC = ("_runtime", "_per_second")  # endings of what an evaluation logs about itself
-_SHOWN = ("learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "seed")
+_SHOWN = ("learning_rate", "lr_scheduler_type", "seed")
 
 _CARD = """---
 {metadata}
@@ -170,7 +170,8 @@ def _last_metrics(log_history: list[dict[str, Any]]) -> dict[str, Any]:
 def _main_settings(args: transformers.TrainingArguments) -> dict[str, Any]:
     batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     values = args.to_dict()
-    return {"rows per step": batch, **{name: values[name] for name in _SHOWN if values[name] != -1}}
+    length = "max_steps" if args.max_steps > 0 else "num_train_epochs"
+    return {"rows per step": batch, length: values[length], **{name: values[name] for name in _SHOWN}}
 
 
 def _table(values: dict[str, Any]) -> str:

@@ -212,8 +212,8 @@ def main() -> None:
         shape, cases = estimate(args)
         trained = trained_numbers(shape, cases[0].recipe)
         title = (
-            f"{shape.name}: {shape.num_parameters / 1e9:.2f} billion parameters, {trained / 1e9:.3f} billion trained; "
-            f"GiB per GPU, {args.overhead_gib:g} of them assumed overhead; * does not fit into {args.gpu_memory_gib:g}"
+            f"{shape.name}: {shape.num_parameters / 1e9:.2f} billion parameters, {trained / 1e9:.3f} trained; "
+            f"GiB per GPU, {args.overhead_gib:g} of them assumed overhead; * exceeds {args.gpu_memory_gib:g}"
         )
         headings, rows = (term_rows if args.terms else matrix)(args, cases)
         show(title, headings, rows, args.markdown)

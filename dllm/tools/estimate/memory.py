@@ -28,7 +28,7 @@ LIVE = 1_000_000_000  # numbers that ZeRO-3 keeps gathered at most, its default
 class Recipe:
     """How a model is trained; names and meanings are those of the training flags.
 
-    bucket_view: whether DDP's gradients live in its buckets (no second copy).
+    bucket_view: whether DDP's gradients live in its buckets, as under our trainers; False: a second copy of them there.
     dropout_mask_bytes: of a number that dropout looks at: 1 on a GPU; a CPU keeps a mask of the input's dtype.
     loss_share: N / T.
     fast_weight_rank: 0: no memory.
@@ -51,7 +51,7 @@ class Recipe:
     load_in_4bit: bool = False
     optim_8bit: bool = False
     checkpointing: bool = True
-    bucket_view: bool = False
+    bucket_view: bool = True
     dropout_mask_bytes: int = 1
     loss_share: float = 0.5
     fast_weight_rank: int = 0
