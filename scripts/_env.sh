@@ -81,7 +81,8 @@ _install() {
     done
     echo "$REPO_ROOT" >"$STAMP_DIR/folder"
     echo "installing memdlm${extras:+[$extras]} into .venv (once; minutes on a slow network)"
-    "$VENV_PYTHON" -m pip install --disable-pip-version-check -c constraints.txt -e ".${extras:+[$extras]}" ||
+    # DeepSpeed compiles its operators when they are used first, not at every install.
+    DS_BUILD_OPS=0 "$VENV_PYTHON" -m pip install --disable-pip-version-check -c constraints.txt -e ".${extras:+[$extras]}" ||
         die "pip failed (its message is above); when that is solved, run this again"
     "$VENV_PYTHON" -c 'import torch, transformers, peft, accelerate, datasets' ||
         die "what was installed does not import (see above); remove .venv and run this again"

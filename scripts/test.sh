@@ -24,7 +24,7 @@ while (($#)); do
     shift
 done
 
-ensure_env dev quant eval
+ensure_env dev quant eval deepspeed
 
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # Otherwise pyright asks the package index for a newer version of itself.
