@@ -7,6 +7,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -87,6 +88,15 @@ def make_checkpoints(folder: pathlib.Path) -> dict[str, str]:
     return {name: str(make_tiny_checkpoint(folder / name, family, **own)) for name, (family, own) in made.items()}
 
 
+def _clear_stale_locks() -> None:
+    """DeepSpeed compiles an operator at its first start; a process that is killed meanwhile leaves a lock, for which all
+    later ones wait forever."""
+    cache = pathlib.Path(os.environ.get("TORCH_EXTENSIONS_DIR") or pathlib.Path.home() / ".cache/torch_extensions")
+    for lock in cache.glob("**/lock"):
+        if time.time() - lock.stat().st_mtime > 600:
+            lock.unlink(missing_ok=True)
+
+
 def run(engine: str | None, checkpoints: dict[str, str], folder: pathlib.Path) -> list[dict[str, Any]]:
     """What each process saw, by scenario; `engine` None: one process with the batches of two.
 
@@ -94,6 +104,7 @@ def run(engine: str | None, checkpoints: dict[str, str], folder: pathlib.Path) -
         RuntimeError: it failed; the end of its output.
     """
     folder.mkdir()
+    _clear_stale_locks()
     scenarios = {}
     for name, scenario in SCENARIOS.items():
         batch = {"per_device_train_batch_size": 4 if engine is None else 2}
