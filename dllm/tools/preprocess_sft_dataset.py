@@ -7,8 +7,6 @@ when the rows are loaded) and preprocess.json with the tokenizer's hash. It appe
 """
 
 import pathlib
-import shutil
-import tempfile
 from dataclasses import dataclass, field
 
 from dllm.data.datasets import load_sft_dataset, parse_dataset_args, spec_of
@@ -16,6 +14,7 @@ from dllm.data.preprocessed import default_folder, read_record, write_record
 from dllm.data.sft import tokenize_sft_dataset
 from dllm.models.auto import load_tokenizer
 from dllm.utils.args import DataArguments, ModelArguments
+from dllm.utils.folders import new_folder
 from dllm.utils.logging import get_default_logger
 from dllm.utils.parsing import InputError, one_line_errors, parse_args
 
@@ -75,16 +74,10 @@ def preprocess(args: PreprocessArguments) -> pathlib.Path:
     tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     rows = load_sft_dataset(args.dataset_args, num_proc=args.num_proc)
     tokens = tokenize_sft_dataset(rows, tokenizer, args.mask_prompt_loss, args.num_proc)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside and renamed, so that an interrupted run leaves no half data set that training would take.
-    partial = pathlib.Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
-    try:
+    # An interrupted run must leave no half data set that training would take.
+    with new_folder(folder, "--output_dir") as partial:
         tokens.save_to_disk(str(partial))
         write_record(partial, tokens, tokenizer, args.dataset_args, args.mask_prompt_loss)
-        partial.chmod(0o755)  # mkdtemp's folders are private
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     counts = ", ".join(f"{len(split_rows):,} {split} rows" for split, split_rows in tokens.items())
     logger.info(f"{folder}: {counts}")
     return folder

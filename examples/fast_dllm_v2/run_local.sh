@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 gpus="${NUM_GPU:-1}"
-launch=(--num_processes "$((gpus > 1 ? gpus : 1))" --num_machines 1 --mixed_precision no --dynamo_backend no)
+launch=(--quiet --num_processes "$((gpus > 1 ? gpus : 1))" --num_machines 1 --mixed_precision no --dynamo_backend no)
 device=(--bf16 True)
 ((gpus > 1)) && launch+=(--multi_gpu)
 ((gpus == 0)) && launch+=(--cpu) && device=(--use_cpu True)
