@@ -30,8 +30,11 @@ COMMON = {
     "train_sampling_strategy": "sequential",
     "per_device_eval_batch_size": 3,
 }
-# The mean over rows: then the inner gradient of two processes' halves, averaged, is that of one process.
-MEMORY = {"mem_enabled": True, "mem_inner_rank": 4, "mem_inner_layer_fraction": 0.4, "loss_norm_type": "batch"}
+# The mean over rows: then the loss and the inner gradient of two processes' halves, averaged, are those of one process
+# also where rows have unequal numbers of tokens to predict.
+ROWS = {"loss_norm_type": "batch"}
+MEMORY = {**ROWS, "mem_enabled": True, "mem_inner_rank": 4, "mem_inner_layer_fraction": 0.4}
+RESUME = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 4, "save_steps": 2}
 TWICE = {"gradient_accumulation_steps": 2}
 CHECKPOINTING = {"gradient_checkpointing": True}
 # A threshold that nothing exceeds reveals one token per block and forward in every row.
@@ -53,11 +56,12 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "4-bit + LoRA": _scenario("dense", {}, FOUR_BIT),
     "accumulation": _scenario("dense", TWICE),
     "checkpointing": _scenario("dense", CHECKPOINTING),
+    "a rank without labels": _scenario("dense", ROWS, first_empty=True),
     "block diffusion": _scenario("blocks", {}, trainer="bd3lm"),
-    "save, resume": _scenario(
-        "dense", {"optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 4, "save_steps": 2}, resumes=True
-    ),
+    "save, resume": _scenario("dense", RESUME, resumes=True),
     "memory": _scenario("dense", MEMORY),
+    "memory, block diffusion": _scenario("blocks", MEMORY, trainer="mem_bd3lm"),
+    "memory, LoRA: save, resume": _scenario("dense", {**MEMORY, **RESUME}, LORA, resumes=True),
     "memory, mixture of experts": _scenario("sparse", MEMORY),
     "memory, LoRA": _scenario("dense", MEMORY, LORA),
     "memory, 4-bit + LoRA": _scenario("dense", MEMORY, FOUR_BIT),
@@ -89,8 +93,8 @@ def make_checkpoints(folder: pathlib.Path) -> dict[str, str]:
 
 
 def _clear_stale_locks() -> None:
-    """DeepSpeed compiles an operator at its first start; a process that is killed meanwhile leaves a lock, for which all
-    later ones wait forever."""
+    """DeepSpeed compiles an operator at its first start; a process that is killed meanwhile leaves a lock, for which
+    all later ones wait forever."""
     cache = pathlib.Path(os.environ.get("TORCH_EXTENSIONS_DIR") or pathlib.Path.home() / ".cache/torch_extensions")
     for lock in cache.glob("**/lock"):
         if time.time() - lock.stat().st_mtime > 600:

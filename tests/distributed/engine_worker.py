@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
 
 from dllm.core.trainers import BD3LMConfig, BD3LMTrainer
 from dllm.models.auto import load_tokenizer
@@ -22,10 +23,12 @@ from dllm.utils.args import ModelArguments
 from memdlm import MemDLMConfig, MemDLMTrainer
 from memdlm.models import get_model
 from memdlm.relay import MemRelayConfig, MemRelayTrainer, RelayConfig, load_model
+from memdlm.trainer import MemBD3LMConfig, MemBD3LMTrainer
 
 TRAINERS: dict[str, Any] = {
     "mdlm": (MemDLMConfig, MemDLMTrainer),
     "bd3lm": (BD3LMConfig, BD3LMTrainer),
+    "mem_bd3lm": (MemBD3LMConfig, MemBD3LMTrainer),
     "relay": (MemRelayConfig, MemRelayTrainer),
 }
 LENGTH = 20
@@ -81,21 +84,35 @@ def make_trainer(scenario: dict[str, Any], output: pathlib.Path) -> Any:
     )
 
 
-def watch_memory(trainer: Any) -> list[list[float]]:
-    """Gets |phi_K - phi_0| of every memory that is written in training."""
-    written: list[list[float]] = []
+def watch_memory(trainer: Any) -> list[float]:
+    """Gets the sum of the absolute values of every memory that is written in training."""
+    written: list[float] = []
     if trainer.memory is None:
         return written
-    memory = trainer.memory
-    step = trainer.training_step
+    step, put = trainer.training_step, trainer.memory.fast.set
+    last: list[torch.Tensor] = []
 
-    def remember(*inputs):
+    def remember(flat: torch.Tensor | None, **options: Any) -> None:
+        if flat is not None and not flat.requires_grad:
+            last[:] = [flat]
+        put(flat, **options)
+
+    def train_step(*inputs: Any) -> torch.Tensor:
         loss = step(*inputs)
-        written.append(memory.report.change.tolist())
+        written.append(float(last[0].double().abs().sum()))
         return loss
 
-    trainer.training_step = remember
+    trainer.memory.fast.set, trainer.training_step = remember, train_step
     return written
+
+
+def held_share(trainer: Any) -> float:
+    """Which share of the weights' numbers this process holds, in (0, 1]."""
+    weights = list(trainer.lm.parameters())
+    if trainer.engine == "zero3":
+        return sum(weight.ds_tensor.numel() for weight in weights) / sum(weight.ds_numel for weight in weights)
+    own = sum((weight.to_local() if isinstance(weight, DTensor) else weight).numel() for weight in weights)
+    return own / sum(weight.numel() for weight in weights)
 
 
 def train(scenario: dict[str, Any], output: pathlib.Path) -> dict[str, Any]:
@@ -112,6 +129,7 @@ def train(scenario: dict[str, Any], output: pathlib.Path) -> dict[str, Any]:
         "engine": str(trainer.accelerator.distributed_type.value) + (f"-{plugin.zero_stage}" if plugin else ""),
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "grad_norms": [entry.get("grad_norm") for entry in trainer.state.log_history if "loss" in entry],
+        "held_share": held_share(trainer),
         "written": written,
         "resumed": resumed,
         "metrics": {name: metrics[name] for name in sorted(metrics) if name in ("eval_nll", "eval_memory_loss")},

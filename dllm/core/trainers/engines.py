@@ -45,8 +45,8 @@ def gathered(*weights: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 def inner_backward(model: nn.Module) -> Iterator[None]:
     """A block in which backward passes are parts of a forward of `model` that still runs; FSDP2 must know.
 
-    It would take the first of them for the end of the step and free what it gathered, under the feet of the forward and
-    of the graphs that are still to be gone through.
+    By itself it frees what it gathered when a backward pass ends, though the forward and graphs that are still to be
+    gone through need it, and forgets in which order it is to gather for the step's own backward.
     """
     if not isinstance(model, FSDPModule):
         yield
