@@ -81,7 +81,7 @@ def clear_staging(output_dir: pathlib.Path) -> None:
 
 
 def give_back_names(output_dir: pathlib.Path) -> None:
-    """Folders that a killed run was about to replace, and that are nowhere but below `.saving`, get their names back."""
+    """Gives folders that a killed run was about to replace, now below `.saving` only, their names back."""
     for before in (output_dir / STAGING_FOLDER).glob(f"*{_OLD}"):
         name = output_dir / before.name.removesuffix(_OLD)
         if not name.exists():
