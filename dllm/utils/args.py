@@ -51,6 +51,18 @@ def _check_trackers(names: list[str]) -> None:
             raise InputError(f"--report_to {name} needs a package that is not installed: pip install {package}")
 
 
+def with_defaults(arguments: type, **defaults: Any) -> type:
+    """A subclass of a dataclass of settings in which the named fields have these defaults, and the same help."""
+    known = {knob.name: knob for knob in dataclasses.fields(arguments)}
+    fields = [
+        (name, known[name].type, field(default=value, metadata=known[name].metadata))
+        for name, value in defaults.items()
+    ]
+    made = dataclasses.make_dataclass(arguments.__name__, fields, bases=(arguments,))
+    made.__module__ = arguments.__module__
+    return made
+
+
 def resolve_with_base_env(path: str, env_name: str) -> str:
     """`path` below the folder in the environment variable, if something is there; otherwise `path` unchanged.
 

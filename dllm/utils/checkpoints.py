@@ -75,14 +75,17 @@ def _to_disk(path: pathlib.Path) -> None:
 
 def clear_staging(output_dir: pathlib.Path) -> None:
     """Removes what a run that was killed while saving has left; a folder that it was replacing gets its name back."""
-    staging = output_dir / STAGING_FOLDER
-    if not staging.is_dir():
-        return
-    for before in staging.glob(f"*{_OLD}"):
+    give_back_names(output_dir)
+    if (output_dir / STAGING_FOLDER).is_dir():
+        shutil.rmtree(output_dir / STAGING_FOLDER)
+
+
+def give_back_names(output_dir: pathlib.Path) -> None:
+    """Gives folders that a killed run was about to replace, now below `.saving` only, their names back."""
+    for before in (output_dir / STAGING_FOLDER).glob(f"*{_OLD}"):
         name = output_dir / before.name.removesuffix(_OLD)
         if not name.exists():
             before.rename(name)
-    shutil.rmtree(staging)
 
 
 def find_damage(checkpoint: str | pathlib.Path) -> str | None:
@@ -192,6 +195,7 @@ _RUN_TRACES = (
     "model*.safetensors",
     "adapter_model*.safetensors",
     "pytorch_model*.bin",
+    f"{STAGING_FOLDER}/*{_OLD}",
 )
 
 
@@ -270,12 +274,16 @@ def _with_optimizer_state(checkpoint: pathlib.Path) -> str:
 def resolve_for_all(output_dir: str, resume_from_checkpoint: str | bool | None) -> str | None:
     """`resolve_checkpoint` on the main process, whose answer (or error) all processes take.
 
+    A checkpoint that a killed run was about to replace has its name again before that.
+
     Nodes see a shared folder at different times, and must not go on from different checkpoints.
     """
     if world_size() == 1:
+        give_back_names(pathlib.Path(output_dir))
         return resolve_checkpoint(output_dir, resume_from_checkpoint)
     found: list[str | None] = [None, None]
     if is_main_process():
+        give_back_names(pathlib.Path(output_dir))
         try:
             found[0] = resolve_checkpoint(output_dir, resume_from_checkpoint)
         except InputError as error:

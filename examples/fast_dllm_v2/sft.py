@@ -12,15 +12,13 @@ the objective that is named beside it: the memory's have the prefix `mem_`, the 
 model in OUTPUT_DIR/checkpoint-final and, if the data has a test split, with OUTPUT_DIR/eval_results.json.
 """
 
-import functools
-import sys
 from dataclasses import dataclass, field
 
 from dllm import utils
 from dllm.core.losses import WeightType
 from dllm.core.trainers import BD3LMConfig, MDLMConfig
-from dllm.core.trainers.fine_tune import find_choice, fine_tune
 from memdlm import MemBD3LMTrainer, relay
+from memdlm.fine_tune import run_script
 
 
 @dataclass
@@ -49,38 +47,8 @@ OBJECTIVES = {
 }
 
 
-@dataclass
-class ModelArguments(utils.ModelArguments):
-    model_name_or_path: str = field(
-        default="Efficient-Large-Model/Fast_dLLM_v2_1.5B",
-        metadata=utils.ModelArguments.__dataclass_fields__["model_name_or_path"].metadata,
-    )
-
-
-@dataclass
-class DataArguments(utils.DataArguments):
-    dataset_args: str = field(
-        default="tatsu-lab/alpaca",
-        metadata=utils.DataArguments.__dataclass_fields__["dataset_args"].metadata,
-    )
-
-
-@dataclass
-class ObjectiveArguments:
-    training_objective: str = field(default="bd3lm", metadata={"help": f"Objective, one of {', '.join(OBJECTIVES)}."})
-
-
 def main() -> None:
-    trainer_class, config = find_choice(
-        sys.argv[1:], "training_objective", OBJECTIVES, ObjectiveArguments.training_objective
-    )
-    model_args, data_args, training_args, _ = utils.parse_args(
-        ModelArguments, DataArguments, config, ObjectiveArguments
-    )
-    load_model = utils.get_model
-    if issubclass(trainer_class, relay.RelayTrainer):
-        load_model = functools.partial(relay.load_model, relay=training_args.relay())
-    fine_tune(trainer_class, model_args, data_args, training_args, load_model)
+    run_script(OBJECTIVES, "bd3lm", model="Efficient-Large-Model/Fast_dLLM_v2_1.5B", data="tatsu-lab/alpaca")
 
 
 if __name__ == "__main__":

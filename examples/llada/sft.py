@@ -11,13 +11,9 @@ memdlm.relay.RelayConfig with `relay_`. The run ends with the model in OUTPUT_DI
 a test split, with OUTPUT_DIR/eval_results.json.
 """
 
-import functools
-import sys
-from dataclasses import dataclass, field
-
 from dllm import utils
-from dllm.core.trainers.fine_tune import find_choice, fine_tune
 from memdlm import MemDLMTrainer, relay
+from memdlm.fine_tune import run_script
 
 OBJECTIVES = {
     "mdlm": (MemDLMTrainer, MemDLMTrainer.MemDLMConfig),
@@ -25,38 +21,8 @@ OBJECTIVES = {
 }
 
 
-@dataclass
-class ModelArguments(utils.ModelArguments):
-    model_name_or_path: str = field(
-        default="inclusionAI/LLaDA-MoE-7B-A1B-Base",
-        metadata=utils.ModelArguments.__dataclass_fields__["model_name_or_path"].metadata,
-    )
-
-
-@dataclass
-class DataArguments(utils.DataArguments):
-    dataset_args: str = field(
-        default="Yukang/LongAlpaca-12k",
-        metadata=utils.DataArguments.__dataclass_fields__["dataset_args"].metadata,
-    )
-
-
-@dataclass
-class ObjectiveArguments:
-    training_objective: str = field(default="mdlm", metadata={"help": f"Objective, one of {', '.join(OBJECTIVES)}."})
-
-
 def main() -> None:
-    trainer_class, config = find_choice(
-        sys.argv[1:], "training_objective", OBJECTIVES, ObjectiveArguments.training_objective
-    )
-    model_args, data_args, training_args, _ = utils.parse_args(
-        ModelArguments, DataArguments, config, ObjectiveArguments
-    )
-    load_model = utils.get_model
-    if issubclass(trainer_class, relay.RelayTrainer):
-        load_model = functools.partial(relay.load_model, relay=training_args.relay())
-    fine_tune(trainer_class, model_args, data_args, training_args, load_model)
+    run_script(OBJECTIVES, "mdlm", model="inclusionAI/LLaDA-MoE-7B-A1B-Base", data="Yukang/LongAlpaca-12k")
 
 
 if __name__ == "__main__":

@@ -10,30 +10,13 @@ that is named beside it; the memory's have the prefix `mem_`. `--edit_ratio 0` l
 model in OUTPUT_DIR/checkpoint-final and, if the data has a test split, with OUTPUT_DIR/eval_results.json.
 """
 
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 from dllm import utils
 from dllm.core.editing import EditSettings
-from dllm.core.trainers.fine_tune import find_choice, fine_tune
 from memdlm import MemBD3LMTrainer, MemDLMTrainer
-
-
-@dataclass
-class ModelArguments(utils.ModelArguments):
-    model_name_or_path: str = field(
-        default="inclusionAI/LLaDA2.1-mini",
-        metadata=utils.ModelArguments.__dataclass_fields__["model_name_or_path"].metadata,
-    )
-
-
-@dataclass
-class DataArguments(utils.DataArguments):
-    dataset_args: str = field(
-        default="Yukang/LongAlpaca-12k",
-        metadata=utils.DataArguments.__dataclass_fields__["dataset_args"].metadata,
-    )
+from memdlm.fine_tune import run_script
 
 
 def _edit_ratio() -> Any:
@@ -53,19 +36,8 @@ class BD3LMArguments(MemBD3LMTrainer.MemDLMConfig):
 OBJECTIVES = {"mdlm": (MemDLMTrainer, MDLMArguments), "bd3lm": (MemBD3LMTrainer, BD3LMArguments)}
 
 
-@dataclass
-class ObjectiveArguments:
-    training_objective: str = field(default="mdlm", metadata={"help": f"Objective, one of {', '.join(OBJECTIVES)}."})
-
-
 def main() -> None:
-    trainer_class, config = find_choice(
-        sys.argv[1:], "training_objective", OBJECTIVES, ObjectiveArguments.training_objective
-    )
-    model_args, data_args, training_args, _ = utils.parse_args(
-        ModelArguments, DataArguments, config, ObjectiveArguments
-    )
-    fine_tune(trainer_class, model_args, data_args, training_args)
+    run_script(OBJECTIVES, "mdlm", model="inclusionAI/LLaDA2.1-mini", data="Yukang/LongAlpaca-12k")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from dllm.models.lora import LoraSettings
 from dllm.models.tiny import make_tiny_checkpoint
 from dllm.tools.merge_adapter import MergeArguments, merge_adapter
 from dllm.utils import one_line_errors
+from memdlm import fine_tune as scripts
 from memdlm.eval.harness import MemoryMDLMHarness
 from memdlm.trainer import MemDLMTrainer
 
@@ -115,12 +116,12 @@ def run(made):
 
     def start(script: str, name: str, **flags: str) -> tuple[MemDLMTrainer, list[str]]:
         module, heard, trained = load_script(script), Lines(), []
-        fine_tune = module.fine_tune
+        fine_tune = scripts.fine_tune
         logging.getLogger("dllm").addHandler(heard)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", launched(made, script, name, **flags))
             patch.setitem(sys.modules, module.__name__, module)
-            patch.setattr(module, "fine_tune", lambda *given: trained.append(fine_tune(*given)))
+            patch.setattr(scripts, "fine_tune", lambda *given: trained.append(fine_tune(*given)))
             module.main()
         logging.getLogger("dllm").removeHandler(heard)
         return trained[0], heard.lines

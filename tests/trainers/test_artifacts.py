@@ -18,10 +18,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from dllm.core.trainers.artifacts import trained_over_4bit
+from dllm.core.trainers.fine_tune import fine_tune
 from dllm.models.auto import load_model, load_tokenizer
 from dllm.models.backbone import unwrap
 from dllm.models.lora import LoraSettings
 from dllm.models.tiny import make_tiny_checkpoint
+from dllm.utils.args import DataArguments, ModelArguments
 from memdlm import MemBD3LMConfig, MemBD3LMTrainer, MemDLMConfig, MemDLMTrainer
 
 TEXT = "Some words to learn pieces from, and some more words. " * 5
@@ -212,7 +214,7 @@ def test_push_to_hub_uploads_a_model_that_loads(train, hub) -> None:
     trainer = train(eval_strategy="steps", eval_steps=1, **flags)
     folder = hub / "people" / "model"
     assert not names(folder)  # nothing before the end
-    trainer.save_model()  # as fine_tune does: pushes
+    trainer.save_model()  # pushes
     assert names(folder) == FULL
     assert torch.equal(logits(load_model(str(folder))), logits(trainer.model))
     assert AutoTokenizer.from_pretrained(folder).chat_template == trainer.processing_class.chat_template
@@ -223,6 +225,45 @@ def test_push_to_hub_uploads_a_model_that_loads(train, hub) -> None:
     assert "MemDLMTrainer" in card.text and 'model_name_or_path="model"' in card.text and "2 steps" in card.text
     assert "| eval_loss |" in card.text and "| learning_rate | 0.01 |" in card.text
     assert "More" not in card.text and str(hub.parent) not in card.text
+
+
+@pytest.fixture
+def tune(stored, rows, tmp_path):
+    """A function () -> the output folder of a run of two steps that ends with an upload."""
+
+    def run() -> pathlib.Path:
+        settings = {"max_steps": 2, "save_steps": 1, "warmup_steps": 0, "disable_tqdm": True, "use_cpu": True}
+        settings |= {"push_to_hub": True, "hub_model_id": "people/model"}
+        fine_tune(
+            MemDLMTrainer,
+            ModelArguments(model_name_or_path=str(stored["llada"])),
+            DataArguments(dataset_args="rows"),
+            MemDLMConfig(output_dir=str(tmp_path / "tuned"), **settings),
+            load_rows=lambda *_: {"train": rows, "test": rows[:4]},
+        )
+        return tmp_path / "tuned"
+
+    return run
+
+
+def test_a_fine_tuned_model_is_pushed_and_nothing_half_written_with_it(tune, hub) -> None:
+    output = tune()
+    folder = hub / "people" / "model"
+    assert names(folder) >= FULL
+    assert not [name for name in names(folder) if name.startswith((".saving", "checkpoint-"))]
+    assert torch.equal(logits(load_model(str(folder))), logits(load_model(str(output / "checkpoint-final"))))
+
+
+def test_a_hub_that_cannot_be_reached_costs_nothing_that_was_trained(tune, tmp_path, hub, monkeypatch) -> None:
+    def fail(*_, **__):
+        raise ConnectionError("the Hub is not there")
+
+    monkeypatch.setattr(HfApi, "upload_folder", fail)
+    with pytest.raises(ConnectionError, match="the Hub is not there"):
+        tune()
+    assert names(tmp_path / "tuned" / "checkpoint-final") == FULL
+    assert (tmp_path / "tuned" / "eval_results.json").is_file()
+    assert not (tmp_path / "tuned" / ".saving").exists()
 
 
 def test_an_adapter_is_pushed_on_request(train, stored, hub) -> None:

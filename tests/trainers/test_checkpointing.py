@@ -258,6 +258,56 @@ def test_at_the_end_of_an_epoch_its_evaluation_belongs_to_the_checkpoint(build, 
     assert_same_run(whole, resumed)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "event", "step", "saved"),
+    [
+        ("steps", "on_step_begin", 1, 2),  # an evaluation follows, which is no better
+        ("steps", "on_step_begin", 2, 3),  # at the end of the epoch
+        ("epoch", "on_step_begin", 3, 4),
+        ("epoch", "on_step_begin", 5, 6),
+    ],
+)
+def test_where_only_better_models_are_saved_a_signal_saves_all_the_same(
+    build, tmp_path, capfd, strategy, event, step, saved
+) -> None:
+    settings = {
+        "save_strategy": "best",
+        "eval_strategy": strategy,
+        "eval_steps": 1,
+        "learning_rate": 0.0,  # so that the first evaluation stays the best
+        "metric_for_best_model": "eval_loss",
+    }
+    whole = build("whole", **settings)
+    whole.train()
+    first = {"steps": 1, "epoch": 3}[strategy]
+    assert [path.name for path in list_checkpoints(tmp_path / "whole")] == [f"checkpoint-{first}"]
+    with pytest.raises(SystemExit):
+        build(callbacks=[At(event, step, send(signal.SIGTERM))], **settings).train()
+    newest = tmp_path / "run" / f"checkpoint-{saved}"
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == [newest.name, f"checkpoint-{first}"]
+    assert find_damage(newest) is None and f"at step {saved} of 9; saved {newest}: " in capfd.readouterr().err
+    resumed = build(**settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_run(whole, resumed)
+
+
+class Unwilling(transformers.TrainerCallback):
+    """Another callback that has the last word, and saves nothing."""
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        control.should_save = False
+
+
+def test_what_is_not_there_is_not_said_to_be_saved(build, tmp_path, capfd) -> None:
+    trainer = build(callbacks=[At("on_step_begin", 3, send(signal.SIGTERM))], save_steps=100)
+    trainer.add_callback(Unwilling())
+    with pytest.raises(SystemExit):
+        trainer.train()
+    said = capfd.readouterr().err
+    assert f"stopped by SIGTERM at step 4 of 9; there is no {tmp_path}/run/checkpoint-4" in said
+    assert "saved" not in said
+
+
 def test_where_only_the_best_is_kept_the_checkpoint_of_a_signal_is_kept_too(build, tmp_path) -> None:
     settings = {
         "eval_strategy": "steps",

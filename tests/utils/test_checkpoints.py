@@ -16,6 +16,7 @@ from dllm.utils.checkpoints import (
     find_damage,
     list_checkpoints,
     publish,
+    resolve_for_all,
     write_manifest,
 )
 
@@ -234,3 +235,14 @@ def test_what_a_killed_run_left_is_removed_and_what_it_was_replacing_comes_back(
     clear_staging(tmp_path)
     assert (folder / "file").read_text() == "old" and not staging.parent.exists()
     shutil.rmtree(folder)
+
+
+def test_a_run_that_died_while_it_replaced_its_only_checkpoint_goes_on_from_it(tmp_path):
+    checkpoint = tmp_path / "checkpoint-2"
+    for wanted in (True, str(checkpoint)):
+        make_checkpoint(tmp_path / STAGING_FOLDER / "checkpoint-2.old", {})
+        with pytest.raises(InputError, match="holds another run"):
+            resolve_checkpoint(str(tmp_path), None)
+        assert resolve_for_all(str(tmp_path), wanted) == str(checkpoint)
+        assert find_damage(checkpoint) is None
+        shutil.rmtree(checkpoint)

@@ -122,6 +122,7 @@ class CheckpointingTrainer(transformers.Trainer):
     Overrides
         train               refuses torn checkpoints and those of another engine; exits with 75 after a signal
         _save_checkpoint    where the files go while they are written
+        _maybe_log_save_evaluate    a signal's checkpoint is written whatever the evaluation before it gave
         _run_epoch          a resumed run that had come to its end takes no further step
 
     Raises:
@@ -134,6 +135,7 @@ class CheckpointingTrainer(transformers.Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._writing: pathlib.Path | None = None  # where checkpoint-N is being written
+        self._saved_step: int | None = None  # of the last checkpoint that this run has written
         self._resumed: str | None = None
         self._stopper: SaveOnSignal | None = None
         self.add_callback(_KeepUnlogged(self))
@@ -186,6 +188,15 @@ class CheckpointingTrainer(transformers.Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
+    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any):
+        wanted = self._stopper is not None and self._stopper.stopped_by is not None and self.control.should_save
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        # Where only better models are saved, Trainer decides anew after an evaluation. Ranks may see the folder at
+        # different times; the step they agree on.
+        if wanted and self._saved_step != self.state.global_step:
+            self._save_checkpoint(model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
     def _finalize_training(self, *args: Any, **kwargs: Any):
         if self._stopper is None or self._stopper.stopped_by is None:
             return super()._finalize_training(*args, **kwargs)
@@ -198,9 +209,9 @@ class CheckpointingTrainer(transformers.Trainer):
         checkpoint = f"{self.args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         then = "it holds the model only" if self.args.save_only_model else "go on with --resume_from_checkpoint True"
         if is_main_process():
+            saved = f"saved {checkpoint}: {then}" if os.path.isdir(checkpoint) else f"there is no {checkpoint}"
             print(
-                f"stopped by {reason.name} at step {self.state.global_step} of {self.state.max_steps}; saved "
-                f"{checkpoint}: {then}",
+                f"stopped by {reason.name} at step {self.state.global_step} of {self.state.max_steps}; {saved}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -251,6 +262,7 @@ class CheckpointingTrainer(transformers.Trainer):
             finally:
                 self._writing = None
             self._finish_files(pathlib.Path(written), run)
+        self._saved_step = self.state.global_step
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(folder))
         if self.args.should_save:

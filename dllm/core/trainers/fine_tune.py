@@ -48,7 +48,7 @@ def fine_tune(
     """Trains and returns the trainer.
 
     The run ends with the model in OUTPUT_DIR/checkpoint-final, its metrics beside it, and if the data have a test split
-    with OUTPUT_DIR/eval_results.json.
+    with OUTPUT_DIR/eval_results.json. Last comes the upload, with `push_to_hub`.
 
     Args:
         trainer_class: what trains.
@@ -86,9 +86,11 @@ def fine_tune(
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
     with trainer.writing_whole(os.path.join(str(training_args.output_dir), "checkpoint-final")) as folder:
-        trainer.save_model(folder)
+        trainer.save_model(folder, _internal_call=True)  # without the upload, which is of the whole output folder
     if "test" in rows:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
+    if training_args.push_to_hub:
+        trainer.push_to_hub()  # last: nothing of the run is lost where the Hub cannot be reached
     return trainer
