@@ -1,5 +1,6 @@
 """Checkpoints of a training run: whole or not there, on full disks, with the best one kept, and at a signal."""
 
+import datetime
 import json
 import os
 import pathlib
@@ -8,9 +9,10 @@ import signal
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 
-from dllm.core.trainers import MDLMConfig, MDLMTrainer
+from dllm.core.trainers import MDLMConfig, MDLMTrainer, checkpointing
 from dllm.core.trainers.checkpointing import EXIT_STOPPED
 from dllm.models.auto import load_model, load_tokenizer
 from dllm.models.tiny import make_tiny_checkpoint
@@ -192,6 +194,31 @@ def test_a_final_folder_is_replaced_as_a_whole_or_stays(build, tmp_path) -> None
     with pytest.raises(InputError, match="checkpoint-final could not be written"), trainer.writing_whole(final):
         raise OSError(28, "No space left on device")
     assert os.listdir(final) == ["two"]
+
+
+def test_files_of_an_earlier_try_are_not_published(build, tmp_path) -> None:
+    trainer = build(save_strategy="no")
+    final = tmp_path / "run" / "checkpoint-final"
+    left = tmp_path / "run" / STAGING_FOLDER / "checkpoint-final" / "model-00001-of-00002.safetensors"
+    left.parent.mkdir(parents=True)
+    left.write_text("of another try")
+    with trainer.writing_whole(final) as folder:
+        pathlib.Path(folder).mkdir(parents=True)
+        (pathlib.Path(folder) / "one").write_text("one")
+    assert os.listdir(final) == ["one"]
+
+
+def test_processes_wait_for_each_other_as_long_as_asked_and_the_group_ends(build, monkeypatch) -> None:
+    groups, ended = [], []
+    monkeypatch.setattr(checkpointing, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "new_group", lambda **settings: groups.append(settings) or "group")
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", ended.append)
+    stopper = checkpointing.SaveOnSignal()
+    stopper.on_train_begin(MDLMConfig(output_dir="unused", use_cpu=True, ddp_timeout=77), None, None)
+    stopper.close()
+    stopper.close()
+    assert groups == [{"backend": "gloo", "timeout": datetime.timedelta(seconds=77)}] and ended == ["group"]
 
 
 def send(number: signal.Signals):

@@ -59,7 +59,8 @@ class SaveOnSignal(transformers.TrainerCallback):
         """Begins to listen."""
         self._received, self.stopped_by = 0, None
         # Gloo works on the CPU, whatever the group of the gradients uses.
-        self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
+        if world_size() > 1:
+            self._group = dist.new_group(backend="gloo", timeout=args.ddp_timeout_delta)
         if threading.current_thread() is threading.main_thread():  # Python allows no other thread to listen
             self._before = {one: signal.signal(one, self._receive) for one in STOP_SIGNALS}
 
@@ -94,6 +95,9 @@ class SaveOnSignal(transformers.TrainerCallback):
         for one, handler in self._before.items():
             signal.signal(one, handler)
         self._before = {}
+        if self._group is not None and dist.is_initialized():  # a run that stops has ended all groups
+            dist.destroy_process_group(self._group)
+        self._group = None
 
 
 def _ends_epoch(state: transformers.TrainerState) -> bool:
@@ -232,6 +236,10 @@ class CheckpointingTrainer(transformers.Trainer):
         target = pathlib.Path(folder)
         staging = target.parent / STAGING_FOLDER / target.name
         try:
+            # Files of another try, of which there may be more, would be published too.
+            if self.args.should_save and staging.exists():
+                shutil.rmtree(staging)
+            self.accelerator.wait_for_everyone()
             yield str(staging)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
