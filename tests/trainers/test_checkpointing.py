@@ -1,16 +1,19 @@
 """Checkpoints of a training run: whole or not there, on full disks, with the best one kept, and at a signal."""
 
+import contextlib
 import datetime
 import json
 import os
 import pathlib
 import resource
 import signal
+import types
 
 import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from accelerate.utils import DeepSpeedPlugin
 
 from dllm.core.trainers import MDLMConfig, MDLMTrainer, checkpointing
 from dllm.core.trainers.checkpointing import EXIT_STOPPED
@@ -380,6 +383,24 @@ def test_a_checkpoint_of_another_engine_is_refused_before_training(build, tmp_pa
     path.write_text(path.read_text().replace('"ddp"', '"fsdp2"'))
     with pytest.raises(InputError, match="was saved under fsdp2, and this run uses ddp: launch it with the settings"):
         build(max_steps=4).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "refused"),
+    [
+        ({"zero_stage": 3, "zero3_save_16bit_model": True}, False),
+        ({"zero_stage": 3, "zero3_save_16bit_model": False}, True),
+        ({"hf_ds_config": {"zero_optimization": {"stage": 3}}}, True),
+        ({"zero_stage": 2, "zero3_save_16bit_model": False}, False),
+    ],
+)
+def test_zero3_that_saves_no_weights_is_refused(build, plugin, refused) -> None:
+    trainer = build()
+    made = DeepSpeedPlugin(**plugin)
+    trainer.accelerator = types.SimpleNamespace(state=types.SimpleNamespace(deepspeed_plugin=made))
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(InputError, match="zero3_save_16bit_model: true") if refused else contextlib.nullcontext():
+        trainer._refuse_to_save_no_weights()
 
 
 def test_another_number_of_rows_per_step_is_told(build, caplog) -> None:

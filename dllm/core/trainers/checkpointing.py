@@ -130,7 +130,8 @@ class CheckpointingTrainer(transformers.Trainer):
         _run_epoch          a resumed run that had come to its end takes no further step
 
     Raises:
-        InputError: see `resolve_checkpoint` and `check_engine`; a checkpoint that could not be written.
+        InputError: see `resolve_checkpoint` and `check_engine`; a checkpoint that could not be written; ZeRO-3 set to
+            save no weights.
         SystemExit: code 75, after SIGTERM or SIGUSR1 and a checkpoint (`save_on_signal`).
     """
 
@@ -138,6 +139,7 @@ class CheckpointingTrainer(transformers.Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._refuse_to_save_no_weights()
         self._writing: pathlib.Path | None = None  # where checkpoint-N is being written
         self._saved_step: int | None = None  # of the last checkpoint that this run has written
         self._resumed: str | None = None
@@ -156,6 +158,15 @@ class CheckpointingTrainer(transformers.Trainer):
         if self.is_fsdp_enabled:
             return "fsdp2" if plugins.fsdp_plugin.fsdp_version == 2 else "fsdp"
         return "ddp"
+
+    def _refuse_to_save_no_weights(self) -> None:
+        plugins: Any = self.accelerator.state
+        setting = "stage3_gather_16bit_weights_on_model_save"
+        if self.engine == "zero3" and not plugins.deepspeed_plugin.get_value(f"zero_optimization.{setting}", False):
+            raise InputError(
+                "without zero3_save_16bit_model: true in the launcher's settings (in a DeepSpeed configuration "
+                f"{setting}: true) ZeRO-3 saves no model.safetensors: set it"
+            )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """As in Trainer, from a whole checkpoint of this engine; True: the newest one of output_dir."""
