@@ -350,7 +350,7 @@ def tokenize_and_group(
     tokenized: Any = (
         tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"] if texts else []
     )
-    end = [tokenizer.eos_token_id] if insert_eos else []
+    end: list[Any] = [tokenizer.eos_token_id] if insert_eos else []
     return group_tokens([[*ids, *end] for ids in tokenized], seq_length, drop_tail)
 
 
