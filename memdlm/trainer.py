@@ -17,7 +17,7 @@ from dllm.core.trainers.meters import DeviceTimer, MeanMetric
 from dllm.data.collators import Batch, NoisingCollator
 from dllm.utils.logging import get_default_logger
 from dllm.utils.parsing import InputError
-from memdlm.memory.collator import MemoryCollator, inner_plan
+from memdlm.memory.collator import MemoryCollator, inner_plan, refuse_packing
 from memdlm.memory.config import FLAG_PREFIX, MemoryConfig, flag_fields
 from memdlm.memory.meters import GapWatch, WriteSums
 from memdlm.memory.parametric import LayerInputs, Observer, ParametricMemory
@@ -77,6 +77,13 @@ class MemDLMTrainer(MDLMTrainer):
     MemDLMConfig = MemDLMConfig
 
     args: MemDLMConfig
+
+    @classmethod
+    def check_packing(cls, args: MDLMConfig) -> None:
+        """As in `RowsTrainer`, and for a memory that is on `refuse_packing`."""
+        super().check_packing(args)
+        if isinstance(args, MemDLMConfig) and args.mem_enabled:
+            refuse_packing(args.memory())
 
     def __init__(self, model=None, args: MemDLMConfig | None = None, **kwargs: Any) -> None:
         if args is not None:

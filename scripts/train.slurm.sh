@@ -134,11 +134,13 @@ srun --nodes "${#hosts[@]}" --ntasks "${#hosts[@]}" --ntasks-per-node 1 --kill-o
 step=$!
 stopping=0
 trap 'stopping=1; kill -USR1 "$step"' USR1
-trap ':' TERM # scancel: the processes of the step get it too, and save; the job does not come back
+# scancel: the processes of the step get it too, and save if Slurm's KillWait suffices; the job does not come back.
+trap ':' TERM
 code=0
 wait_for "$step" || code=$?
 if ((stopping && code)); then
-    echo "job $SLURM_JOB_ID saved and stopped: back into the queue"
+    # Also after a failure that came with the signal: the next start goes on from the newest whole checkpoint.
+    echo "job $SLURM_JOB_ID ended after the signal (exit code $code): back into the queue"
     exec scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

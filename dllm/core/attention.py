@@ -177,6 +177,19 @@ def _block_lists(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return counts[:, None].to(torch.int32), order[:, None].to(torch.int32).contiguous()
 
 
+def check_document_masks(implementation: str | None) -> None:
+    """Nothing, if an attention implementation takes a mask between documents.
+
+    Raises:
+        InputError: flash attention.
+    """
+    if implementation is not None and "flash" in implementation:
+        raise InputError(
+            f"packing needs a mask between documents, which {implementation} does not take: load with "
+            "--attn_implementation sdpa or flex_attention"
+        )
+
+
 def document_inputs(
     implementation: str | None, segment_ids: torch.Tensor, position_ids: torch.Tensor
 ) -> dict[str, Any]:
@@ -191,11 +204,7 @@ def document_inputs(
     Raises:
         InputError: flash attention.
     """
-    if implementation is not None and "flash" in implementation:
-        raise InputError(
-            f"packing needs a mask between documents, which {implementation} does not take: load with "
-            "--attn_implementation sdpa or flex_attention"
-        )
+    check_document_masks(implementation)
     make = document_block_mask if implementation == "flex_attention" else document_mask
     return {"attention_mask": make(segment_ids), "position_ids": position_ids}
 

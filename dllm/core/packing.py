@@ -13,9 +13,25 @@ from typing import Any
 
 import torch
 
-from dllm.core.attention import document_inputs
+from dllm.core.attention import check_document_masks, document_inputs
+from dllm.utils.parsing import InputError
 
 Layout = dict[str, torch.Tensor]
+
+
+def check_packing(implementation: str | None, device: torch.device) -> None:
+    """Nothing, if a model can be trained on packed rows; a script asks before it loads anything.
+
+    Args:
+        implementation: attention implementation of the model.
+        device: where it is trained.
+
+    Raises:
+        InputError: flash attention, which takes no mask between documents; flex attention on a CPU.
+    """
+    check_document_masks(implementation)
+    if implementation == "flex_attention" and device.type == "cpu":
+        raise InputError("flex_attention trains on a GPU only: pack with --attn_implementation sdpa on a CPU")
 
 
 def lay_out(lengths: Sequence[Sequence[int]]) -> Layout:

@@ -23,7 +23,7 @@ from dllm.core.noising import (
 )
 from dllm.core.packing import lay_out
 from dllm.core.schedulers import BaseAlphaScheduler
-from dllm.data.packing import DOCUMENT_LENGTHS, is_packed, split_documents
+from dllm.data.packing import DOCUMENT_LENGTHS, split_documents
 from dllm.utils.parsing import InputError
 
 IGNORE_INDEX = -100  # label of a position that is never masked and never in the loss
@@ -138,8 +138,8 @@ class NoisingCollator:
         complementary: add `complement`; excludes `editing`.
 
     Raises:
-        InputError: `editing` and `complementary` together; packed rows under block diffusion; a row lacks a key, is
-            empty, or has labels that differ from its input_ids at a maskable position.
+        InputError: `editing` and `complementary` together; packed rows under block diffusion or beside others;
+            a row lacks a key, is empty, or has labels that differ from its input_ids at a maskable position.
     """
 
     model_keys = ("input_ids", "labels", "attention_mask")
@@ -209,8 +209,11 @@ class NoisingCollator:
             raise InputError("packing and block diffusion cannot be combined: drop --packing")
 
     def __call__(self, rows: Sequence[Batch]) -> Batch:
-        if not is_packed(rows):
+        num_packed = sum(DOCUMENT_LENGTHS in row for row in rows)
+        if not num_packed:
             return self.collate(rows)
+        if num_packed < len(rows):
+            raise InputError(f"{num_packed} of the {len(rows)} rows of a batch are packed: pack all of them, or none")
         self.check_packing()
         documents = split_documents(rows)
         return {**self.collate(documents, packed=True), "packing": lay_out([row[DOCUMENT_LENGTHS] for row in rows])}

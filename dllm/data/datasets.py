@@ -6,6 +6,7 @@ a bracket train and test are taken whole. A test count for a data set without a 
 the end of train.
 """
 
+import itertools
 import pathlib
 import re
 from collections.abc import Mapping
@@ -13,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
+import pyarrow
 from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
 
 from dllm.data.builtin import DEFAULT_CONTEXT, load_docstrings
-from dllm.data.files import READERS, TEST_WORDS, load_files
+from dllm.data.files import READERS, TEST_WORDS, find_broken_line, load_files
 from dllm.data.preprocessed import (
     TOKEN_COLUMNS,
     by_name,
@@ -28,6 +30,7 @@ from dllm.data.preprocessed import (
     read_record,
 )
 from dllm.data.sft import processes_for, to_messages
+from dllm.data.streaming import READ_ERRORS
 from dllm.utils.args import resolve_with_base_env
 from dllm.utils.logging import get_default_logger
 from dllm.utils.parsing import InputError, parse_spec
@@ -241,15 +244,41 @@ _MESSAGES = datasets.Features(
 )
 
 
-def _columns_of(rows: Any) -> list[str]:
+def _columns_of(part: DatasetPart, rows: Any) -> list[str]:
     # A stream may not know its columns before a row.
-    return rows.column_names or list(next(iter(rows), {}))
+    if rows.column_names:
+        return rows.column_names
+    try:
+        return list(next(iter(rows), {}))
+    except READ_ERRORS as error:
+        raise InputError(_explain_parts([part], error)) from None
+
+
+def explain_reading(dataset_args: str, error: Exception) -> str:
+    """One line on an error while a stream of these data sets is read: the broken line of a file, if it is found.
+
+    Args:
+        dataset_args: the grammar at the top of this module.
+        error: what the reader raised.
+    """
+    return _explain_parts(parse_dataset_args(dataset_args), error)
+
+
+def _explain_parts(parts: list[DatasetPart], error: Exception) -> str:
+    for part in parts:
+        if part.name.startswith("builtin:"):
+            continue
+        place = find_broken_line(pathlib.Path(resolve_with_base_env(part.name, "BASE_DATASETS_DIR")))
+        if place is not None:
+            return place
+    names = " + ".join(part.name for part in parts)
+    return f"{names} cannot be read: {' '.join(str(error.__cause__ or error).split())}"
 
 
 def _to_messages(part: DatasetPart, splits: dict[str, Any], num_proc: int | None) -> dict[str, Any]:
     converted = {}
     for split, rows in splits.items():
-        columns = _columns_of(rows)
+        columns = _columns_of(part, rows)
         if "input_ids" in columns:
             raise InputError(f"{part.name!r} is tokenised already: pass --load_preprocessed_data True")
         options: dict[str, Any] = {}
@@ -322,10 +351,35 @@ def load_sft_dataset(
 
 def _only_text(part: DatasetPart, splits: dict[str, Any]) -> dict[str, Any]:
     for split, rows in splits.items():
-        columns = _columns_of(rows)
+        columns = _columns_of(part, rows)
         if "text" not in columns:
             raise InputError(f"{part.name!r}, {split} has no column 'text'; columns found: {', '.join(columns)}")
-    return {split: rows.select_columns(["text"]) for split, rows in splits.items()}
+    return {
+        split: _checked_texts(rows.select_columns(["text"]), f"{part.name}, {split}") for split, rows in splits.items()
+    }
+
+
+def _checked_texts(rows: Any, place: str) -> Any:
+    """The rows: a stream's are checked as they come."""
+    if isinstance(rows, datasets.IterableDataset):
+        return rows.map(_checked_text, with_indices=True, fn_kwargs={"place": place})
+    numbers = itertools.count()
+    for batch in rows.with_format("arrow").iter(batch_size=1000):
+        for value, index in zip(batch["text"], numbers, strict=False):
+            _checked_text({"text": value}, index, place)
+    return rows
+
+
+def _checked_text(row: Mapping[str, Any], index: int, place: str) -> dict[str, str]:
+    try:
+        text = row["text"].as_py() if isinstance(row["text"], pyarrow.Scalar) else row["text"]
+    except UnicodeDecodeError as error:  # the JSON reader does not look inside strings
+        raise InputError(f"{place}, row {index}: {error}; save the file as UTF-8") from None
+    if not isinstance(text, str):
+        raise InputError(
+            f"{place}, row {index}: column 'text' must be text but is {type(text).__name__}: correct or delete the row"
+        )
+    return {"text": text}
 
 
 def _as_stream(rows: Any) -> datasets.IterableDataset:

@@ -2,9 +2,11 @@
 
 import csv
 import gzip
+import itertools
 import json
 import pathlib
 import re
+from collections.abc import Iterable
 from typing import Any, TextIO
 
 import datasets
@@ -96,12 +98,23 @@ def _broken_json_place(path: pathlib.Path) -> str | None:
     return None
 
 
+def _find_broken_line(files: Iterable[pathlib.Path]) -> str | None:
+    places = (_broken_json_place(path) for path in files)
+    place = next((place for place in places if place is not None), None)
+    return None if place is None else f"{place}; correct that line or delete it"
+
+
+def find_broken_line(path: pathlib.Path) -> str | None:
+    """Where the JSON of a file or folder is broken, in one line; None if it is not, or there is none."""
+    files = itertools.chain.from_iterable(_files_of(path).values()) if path.exists() else ()
+    return _find_broken_line(file for file in files if reader_of(file) == "json")
+
+
 def _explain(files: list[pathlib.Path], reader: str, error: Exception) -> str:
     if reader == "json":
-        for path in files:
-            place = _broken_json_place(path)
-            if place is not None:
-                return f"{place}; correct that line or delete it"
+        place = _find_broken_line(files)
+        if place is not None:
+            return place
     cause = error.__cause__ or error
     names = ", ".join(str(path) for path in files)
     return f"{names} cannot be read as {reader}: {' '.join(str(cause).split())}"

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
+from torch.utils.data import Dataset, IterableDataset
 
 from dllm.data.streaming import Row, RowStream
 from dllm.utils.logging import get_default_logger
@@ -23,14 +24,24 @@ PACK_WINDOW = 1024  # documents that are laid out together
 
 
 def is_packed(dataset: Any) -> bool:
-    """Whether the rows of a data set, or of any of several by name, hold documents."""
-    if isinstance(dataset, datasets.Dataset):
-        return DOCUMENT_LENGTHS in dataset.column_names
-    if isinstance(dataset, RowStream):
-        return any(isinstance(step, Packer) for step in dataset.steps)
+    """Whether the rows of a data set, or of any of several by name, hold documents; the first row tells.
+
+    Args:
+        dataset: rows by index or one after the other (from the start again with each `iter`); anything else has none.
+    """
     if isinstance(dataset, Mapping):
         return any(is_packed(part) for part in dataset.values())
-    first = dataset[0] if isinstance(dataset, Sequence) and dataset else None
+    if isinstance(dataset, RowStream):
+        if dataset.fit is None and not dataset.steps:
+            return is_packed(dataset.source)
+        return any(isinstance(step, Packer) for step in dataset.steps)
+    if isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)) and dataset.column_names is not None:
+        return DOCUMENT_LENGTHS in dataset.column_names
+    if isinstance(dataset, (datasets.IterableDataset, IterableDataset)):
+        first = next(iter(dataset), None)
+    else:
+        rows: Any = dataset
+        first = rows[0] if isinstance(dataset, (Sequence, Dataset)) and len(rows) else None
     return isinstance(first, Mapping) and DOCUMENT_LENGTHS in first
 
 

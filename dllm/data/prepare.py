@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -13,22 +13,26 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dllm.core.noising import make_generator
-from dllm.data.datasets import load_pt_dataset, load_sft_dataset, stream_sft_dataset
+from dllm.data.datasets import explain_reading, load_pt_dataset, load_sft_dataset, stream_sft_dataset
 from dllm.data.packing import Packer, pack_dataset
 from dllm.data.sft import (
     fit_row,
+    group_tokens,
     map_row,
     post_process_dataset,
     processes_for,
-    tokenize_and_group,
     tokenize_sft_dataset,
 )
-from dllm.data.streaming import DROP, Row, RowStream, Step
+from dllm.data.streaming import DROP, Row, RowStream, Step, read_rows
 from dllm.utils.args import DataArguments
 from dllm.utils.parsing import InputError
 
 # Texts that are joined before they are cut into rows; what is left over at the end is dropped.
 GROUP_TEXTS = 10_000
+
+# Said, not guessed: a first batch may leave no row.
+_IDS = datasets.List(datasets.Value("int64"))
+_ROW = datasets.Features({"input_ids": _IDS, "labels": _IDS, "prompt_len": datasets.Value("int64")})
 
 RowSets = Mapping[str, Any]  # train: a Dataset or a RowStream; test (where there is one): rows with a length
 
@@ -126,7 +130,7 @@ def load_pretraining_rows(
     loaded: Any = load_pt_dataset(data_args.dataset_args, data_args.streaming)
     rows: dict[str, Any] = {}
     if "test" in loaded:
-        test: Any = datasets.Dataset.from_list(list(loaded["test"])) if data_args.streaming else loaded["test"]
+        test: Any = _read_whole(loaded["test"], data_args) if data_args.streaming else loaded["test"]
         rows["test"] = _text_rows("test", test, tokenizer, data_args)
     if "train" not in loaded:
         return rows
@@ -135,7 +139,7 @@ def load_pretraining_rows(
         steps: list[Step] = [_Cutter(data_args.max_length)] if data_args.packing else []
         steps += [make, *([] if data_args.packing else [_Shortener(data_args.cut_share, seed)])]
         fit = functools.partial(_fit_text, tokenizer=tokenizer)
-        return {**rows, "train": RowStream(_shuffled(loaded["train"], data_args, seed), fit, steps)}
+        return {**rows, "train": _row_stream(loaded["train"], data_args, seed, fit, steps)}
     train = _text_rows("train", loaded["train"], tokenizer, data_args)
     if data_args.packing:
         return {**rows, "train": pack_dataset(train, data_args.max_length)}
@@ -145,37 +149,53 @@ def load_pretraining_rows(
     return {**rows, "train": train}
 
 
-def _shuffled(rows: datasets.IterableDataset, data_args: DataArguments, seed: int) -> datasets.IterableDataset:
+def _row_stream(
+    rows: datasets.IterableDataset, data_args: DataArguments, seed: int, fit: Callable[..., Row], steps: Sequence[Step]
+) -> RowStream:
     size = data_args.shuffle_buffer_size
-    return rows.shuffle(seed=seed, buffer_size=size) if size > 1 else rows
+    shuffled = rows.shuffle(seed=seed, buffer_size=size) if size > 1 else rows
+    return RowStream(shuffled, fit, steps, functools.partial(explain_reading, data_args.dataset_args))
+
+
+def _read_whole(rows: datasets.IterableDataset, data_args: DataArguments) -> datasets.Dataset:
+    explain = functools.partial(explain_reading, data_args.dataset_args)
+    return datasets.Dataset.from_list(list(read_rows(rows, explain)))
 
 
 def _stream_sft_rows(data_args: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> RowSets:
     loaded = stream_sft_dataset(data_args.dataset_args)
     rows: dict[str, Any] = {}
     if "test" in loaded:
-        test = datasets.DatasetDict({"test": datasets.Dataset.from_list(list(loaded["test"]))})
+        test = datasets.DatasetDict({"test": _read_whole(loaded["test"], data_args)})
         test = tokenize_sft_dataset(test, tokenizer, data_args.mask_prompt_loss)
         rows["test"] = post_process_dataset(test, data_args)["test"]
     if "train" in loaded:
         fit = functools.partial(_fit_messages, tokenizer=tokenizer, data_args=data_args)
         steps = [Packer(data_args.max_length)] if data_args.packing else []
-        rows["train"] = RowStream(_shuffled(loaded["train"], data_args, seed), fit, steps)
+        rows["train"] = _row_stream(loaded["train"], data_args, seed, fit, steps)
     return rows
 
 
 def _fit_messages(row: Row, index: int, *, tokenizer: PreTrainedTokenizerBase, data_args: DataArguments) -> Row:
-    tokens = map_row(row, index, "train as streamed", tokenizer=tokenizer, mask_prompt_loss=data_args.mask_prompt_loss)
+    tokens = map_row(
+        row, index, "train as streamed (shuffled)", tokenizer=tokenizer, mask_prompt_loss=data_args.mask_prompt_loss
+    )
     return fit_row(tokens, index, data_args.max_length, data_args.truncation)
 
 
 def _fit_text(row: Row, index: int, *, tokenizer: PreTrainedTokenizerBase) -> Row:
-    ids: Any = tokenizer(row["text"], add_special_tokens=False, verbose=False)["input_ids"]
-    return _document([*ids, tokenizer.eos_token_id], "" if ids else "no text")
+    (ids,) = _text_ids({"text": [row["text"]]}, tokenizer)["input_ids"] or [[]]
+    return _document(ids, "" if ids else "no text")
 
 
 def _document(ids: list[Any], drop: str = "") -> Row:
     return {"input_ids": ids, "labels": list(ids), "prompt_len": 0, DROP: drop}
+
+
+def _text_ids(columns: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The tokens of each text, with an end-of-text token behind them; texts without any are left out."""
+    texts: Any = tokenizer(list(columns["text"]), add_special_tokens=False, verbose=False)["input_ids"]
+    return {"input_ids": [[*ids, tokenizer.eos_token_id] for ids in texts if ids]}
 
 
 def _text_rows(
@@ -183,16 +203,24 @@ def _text_rows(
 ) -> datasets.Dataset:
     """Rows {input_ids, labels, prompt_len, example_id} of one split: joined and cut texts, or with packing pieces of
     single ones."""
-    whole = data_args.packing and split == "train"
-    options = {"tokenizer": tokenizer, "seq_length": data_args.max_length}
-    made = texts.map(
-        _pieces if whole else functools.partial(tokenize_and_group, insert_eos=True),
+    documents = texts.map(
+        _text_ids,
         batched=True,
-        batch_size=GROUP_TEXTS,
-        fn_kwargs=options,
+        fn_kwargs={"tokenizer": tokenizer},
         remove_columns=texts.column_names,
+        features=datasets.Features({"input_ids": _IDS}),
         num_proc=processes_for(data_args.num_proc, texts),
         desc=f"tokenising {split}",
+    )
+    # In one process: the rows must not depend on how many there are.
+    made = documents.map(
+        _pieces if data_args.packing else _joined,
+        batched=True,
+        batch_size=GROUP_TEXTS,
+        fn_kwargs={"max_length": data_args.max_length},
+        remove_columns=["input_ids"],
+        features=_ROW,
+        desc=f"cutting rows of {split}",
     )
     if not len(made):
         raise InputError(
@@ -202,14 +230,20 @@ def _text_rows(
     return made.add_column("example_id", list(range(len(made))))
 
 
-def _pieces(columns: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase, seq_length: int) -> dict[str, Any]:
-    documents = [_fit_text({"text": text}, 0, tokenizer=tokenizer) for text in columns["text"] if text]
-    cut = list(_Cutter(seq_length)(iter(documents)))
+def _joined(columns: Mapping[str, list[list[int]]], max_length: int) -> dict[str, Any]:
+    return group_tokens(columns["input_ids"], max_length)
+
+
+def _pieces(columns: Mapping[str, list[list[int]]], max_length: int) -> dict[str, Any]:
+    cut = list(_Cutter(max_length)(_document(ids) for ids in columns["input_ids"]))
     return {key: [row[key] for row in cut] for key in ("input_ids", "labels", "prompt_len")}
 
 
 class _Cutter:
-    """Cuts documents into pieces of at most max_length tokens, each a document of its own with its running number."""
+    """Cuts documents into pieces of at most max_length tokens, each a document of its own with its running number.
+
+    Where the end-of-text token alone would be left for a last piece, there is none.
+    """
 
     def __init__(self, max_length: int) -> None:
         self.max_length = max_length
@@ -217,8 +251,9 @@ class _Cutter:
     def __call__(self, rows: Iterator[Row]) -> Iterator[Row]:
         number = 0
         for row in rows:
-            for start in range(0, len(row["input_ids"]), self.max_length):
-                yield {**_document(row["input_ids"][start : start + self.max_length]), "example_id": number}
+            ids = row["input_ids"]
+            for start in range(0, max(1, len(ids) - 1), self.max_length):
+                yield {**_document(ids[start : start + self.max_length]), "example_id": number}
                 number += 1
 
 

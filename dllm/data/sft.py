@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from dllm.data.streaming import DROP
+from dllm.data.streaming import DROP, told_drops
 from dllm.utils.args import DataArguments
 from dllm.utils.logging import get_default_logger
 from dllm.utils.parsing import InputError
@@ -236,7 +236,7 @@ def fit_row(row: Mapping[str, Any], index: int, max_length: int, truncation: str
     fitted = clip_row(row, max_length, "left" if truncation == "left" else "right")
     if why == _KEEP and all(label == -100 for label in fitted["labels"]):
         why = _NO_ANSWER
-    return {**fitted, "example_id": index, DROP: why}
+    return {**fitted, "example_id": index, DROP: why and f"{why} max_length {max_length}"}
 
 
 def _post_process_split(
@@ -257,7 +257,7 @@ def _post_process_split(
     )
     dropped = Counter(why for why in fitted[DROP] if why != _KEEP)
     if dropped:
-        told = "; ".join(f"{why} max_length {max_length}: {count:,}" for why, count in sorted(dropped.items()))
+        told = told_drops(dropped)
         if dropped.total() == len(rows):
             raise InputError(f"no row of split {split} is left of {len(rows):,} ({told}); raise --max_length")
         logger.warning(f"split {split}: {dropped.total():,} of {len(rows):,} rows dropped ({told})")
@@ -350,8 +350,13 @@ def tokenize_and_group(
     tokenized: Any = (
         tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"] if texts else []
     )
-    end = [tokenizer.eos_token_id] if insert_eos else []
-    stream = list(itertools.chain.from_iterable([*ids, *end] for ids in tokenized))
+    end: list[Any] = [tokenizer.eos_token_id] if insert_eos else []
+    return group_tokens([[*ids, *end] for ids in tokenized], seq_length, drop_tail)
+
+
+def group_tokens(documents: Sequence[Sequence[int]], seq_length: int, drop_tail: bool = True) -> dict[str, list[Any]]:
+    """Token lists joined and cut into rows {input_ids, labels, prompt_len} of seq_length, as `tokenize_and_group`."""
+    stream = list(itertools.chain.from_iterable(documents))
     stop = len(stream) - len(stream) % seq_length if drop_tail else len(stream)
     blocks = [stream[start : start + seq_length] for start in range(0, stop, seq_length)]
     return {

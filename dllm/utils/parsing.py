@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import pathlib
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -59,6 +60,13 @@ class _Parser(HfArgumentParser):
         _stop(f"{self.prog}: {message}; {self.prog} --help lists all flags", everywhere=False)
 
 
+def _prog() -> str | None:
+    """What to call the program: `python -m PACKAGE` where it is a package, else None, for the file's name."""
+    spec = sys.modules["__main__"].__spec__
+    is_package = spec is not None and pathlib.Path(sys.argv[0]).name == "__main__.py"
+    return f"python -m {spec.parent}" if is_package else None
+
+
 def _explain_unknown(argument: str, known: Sequence[str]) -> str:
     if not argument.startswith("-"):
         return f"value {argument!r} belongs to no flag; quote values that hold spaces"
@@ -80,7 +88,7 @@ def parse_args(*dataclasses: type, args: Sequence[str] | None = None) -> tuple[A
         dataclasses: one or more dataclass types; field names must not repeat.
         args: list of words; None reads sys.argv.
     """
-    parser = _Parser(cast(Any, dataclasses), allow_abbrev=False)  # its own annotation admits no plain type
+    parser = _Parser(cast(Any, dataclasses), prog=_prog(), allow_abbrev=False)  # its annotation admits no plain type
     known = [word.lstrip("-") for word in parser._option_string_actions if word.startswith("--")]
     known = [name for name in known if "-" not in name]
     try:
@@ -101,13 +109,22 @@ def parse_args(*dataclasses: type, args: Sequence[str] | None = None) -> tuple[A
 def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Inside the block, an error of these kinds (InputError if none) becomes one line and exit code 2.
 
+    An InputError that comes out of a worker process of a data loader is told in its own words too.
+
     For the outermost level of a script: `with one_line_errors(): main()`. Other errors keep their traceback.
     """
     caught = kinds or (InputError,)
     try:
         yield
     except caught as error:
-        _stop(str(error), everywhere=True)
+        _stop(_own_words(str(error)), everywhere=True)
+
+
+def _own_words(message: str) -> str:
+    # torch raises a worker's error anew, with the worker's whole traceback as its message.
+    if not message.startswith("Caught InputError in DataLoader worker"):
+        return message
+    return message.rpartition("InputError: ")[2]
 
 
 _NAME_AND_BRACKET = re.compile(r"(?P<name>[^\[\]]*)(?P<bracket>\[(?P<body>[^\[\]]*)\])?")

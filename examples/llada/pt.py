@@ -17,7 +17,7 @@ from typing import Any
 from dllm import utils
 from dllm.core.trainers.fine_tune import fine_tune
 from dllm.data.prepare import PretrainingArguments, load_pretraining_rows
-from dllm.models.scratch import new_model
+from dllm.models.scratch import new_model, refuse_trained_weights
 from memdlm import MemDLMTrainer
 
 
@@ -27,6 +27,11 @@ class ModelArguments(utils.ModelArguments):
         default=False,
         metadata={"help": "Random weights, drawn from --seed; only config.json and tokenizer of the model are read."},
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.from_scratch:
+            refuse_trained_weights(self)
 
 
 @dataclass

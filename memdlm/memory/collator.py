@@ -16,6 +16,18 @@ from memdlm.memory.config import MemoryConfig
 from memdlm.memory.plan import PLANS, InnerPlan, Rows
 
 
+def refuse_packing(config: MemoryConfig) -> None:
+    """Nothing, if a memory with these settings can be written from packed rows.
+
+    Raises:
+        InputError: one memory per row, which packed documents would share, or settings of padding.
+    """
+    if config.scope == "row":
+        raise InputError("mem_scope=row and packing exclude each other (documents share a row): use mem_scope=batch")
+    if config.pad_unmask_mode != "none":
+        raise InputError("mem_pad_unmask_mode has no effect with packing, which has no padding: drop one of them")
+
+
 class MemoryCollator(NoisingCollator):
     """A `NoisingCollator` whose batch also holds `memory_plan`: an `InnerPlan` as nested dicts.
 
@@ -47,12 +59,7 @@ class MemoryCollator(NoisingCollator):
             InputError: also for one memory per row, which packed documents would share, and for settings of padding.
         """
         super().check_packing()
-        if self.config.scope == "row":
-            raise InputError(
-                "mem_scope=row and packing exclude each other (documents share a row): use mem_scope=batch"
-            )
-        if self.config.pad_unmask_mode != "none":
-            raise InputError("mem_pad_unmask_mode has no effect with packing, which has no padding: drop one of them")
+        refuse_packing(self.config)
 
     def collate(self, rows: Sequence[Batch], packed: bool = False) -> Batch:
         """As in `NoisingCollator`, with `memory_plan`."""

@@ -8,12 +8,14 @@ import datasets
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils.data import Dataset, IterableDataset
 
 from dllm.core.attention import document_block_mask, document_mask
 from dllm.core.packing import lay_out, packed_inputs, packed_positions
 from dllm.core.schedulers import LinearAlphaScheduler
 from dllm.data.collators import NoisingCollator, PaddingCollator
 from dllm.data.packing import Packer, is_packed, join_documents, pack_dataset, plan_packs, split_documents
+from dllm.data.streaming import RowStream
 from dllm.utils.parsing import InputError
 from memdlm.memory.collator import MemoryCollator, inner_plan
 from memdlm.memory.config import MemoryConfig
@@ -66,6 +68,47 @@ def test_packed_rows_of_a_data_set_and_of_a_stream_hold_the_documents(caplog) ->
     streamed = list(Packer(8, window=15)(iter(copy.deepcopy(documents))))
     assert split_documents(streamed) == found and is_packed(streamed)
     assert max(len(row["input_ids"]) for row in streamed) <= 8
+
+
+class _Listed(Dataset):
+    def __init__(self, rows: list[dict]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.rows[index]
+
+
+class _Streamed(IterableDataset):
+    def __init__(self, rows: list[dict]) -> None:
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+def _as_hub_stream(rows: list[dict]) -> datasets.IterableDataset:
+    return datasets.IterableDataset.from_generator(lambda: iter(rows))  # knows no columns
+
+
+@pytest.mark.parametrize("form", [list, _Listed, _Streamed, _as_hub_stream])
+def test_packed_rows_are_known_in_every_form(form) -> None:
+    documents = _documents()
+    for rows, expected in ((_packed(documents), True), (documents, False)):
+        made = form(rows)
+        assert is_packed(made) == is_packed({"a": made}) == expected
+        if form is not _Listed:
+            assert is_packed(RowStream(made)) == expected
+    assert not is_packed(form([])) and not is_packed(None)
+
+
+def test_a_batch_of_packed_and_other_rows_is_refused() -> None:
+    documents = _documents()
+    for rows in ([documents[0], *_packed(documents)], [*_packed(documents), documents[0]]):
+        with pytest.raises(InputError, match="2 of the 3 rows of a batch are packed"):
+            _collator()(rows)
 
 
 def test_layout_against_a_naive_one() -> None:

@@ -103,8 +103,7 @@ def test_streamed_texts_are_those_of_the_whole_data_set(tokenizer, text_file) ->
     whole = load_pretraining_rows(PretrainingArguments(**args, random_length_ratio=0.0), tokenizer, "", 0)["train"]
     options = {"streaming": True, "shuffle_buffer_size": 0}
     stream = load_pretraining_rows(PretrainingArguments(**args, **options), tokenizer, "", 0)["train"]
-    # The empty text is dropped from a stream and is an end-of-text token, at the very end, in the whole.
-    assert [row["input_ids"] for row in _take(stream, len(whole) - 1)] == whole["input_ids"][: len(whole) - 1]
+    assert [row["input_ids"] for row in _take(stream, len(whole))] == whole["input_ids"]
     joined = list(itertools.chain(*whole["input_ids"]))
     assert joined.count(tokenizer.eos_token_id) >= 35 and whole["labels"] == whole["input_ids"]
 
@@ -117,6 +116,55 @@ def test_streamed_texts_are_those_of_the_whole_data_set(tokenizer, text_file) ->
     # A window of the stream holds many passes here, each with numbers of its own.
     streamed = sorted(split_documents(_take(stream, 2000)), key=lambda row: row["example_id"])
     assert streamed[: len(documents)] == documents
+
+
+def test_rows_do_not_depend_on_the_processes_that_tokenise(tokenizer, text_file) -> None:
+    args = {"dataset_args": f"{text_file}[train]", "max_length": 32}
+    one, two = (
+        load_pretraining_rows(PretrainingArguments(**args, num_proc=count), tokenizer, "", 0)["train"]
+        for count in (None, 2)
+    )
+    assert one["example_id"] == two["example_id"] == list(range(len(one)))
+    assert one["input_ids"] == two["input_ids"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_test_rows_of_a_packed_run_hold_one_text_and_no_empty_one(tokenizer, tmp_path, streaming: bool) -> None:
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    texts = ["", "1 2", "0123456789 0123456789", "", "3"]
+    length = len(ids(texts[2]))
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    args = PretrainingArguments(str(tmp_path), max_length=length, packing=True, streaming=streaming)
+    rows = load_pretraining_rows(args, tokenizer, "", 0)
+    end = tokenizer.eos_token_id
+    # The long text fills its row; no document is an end-of-text token alone.
+    expected = [[*ids("1 2"), end], ids(texts[2]), [*ids("3"), end]]
+    assert rows["test"]["input_ids"] == expected and not is_packed(rows["test"])
+    documents = split_documents(_take(rows["train"], 2))
+    assert {tuple(row["input_ids"]) for row in documents} <= set(map(tuple, expected))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "abc', "bad.jsonl, line 31: Unterminated string"),
+        ('{"text": null}', "bad.jsonl, train, row 30: column 'text' must be text but is NoneType"),
+    ],
+)
+def test_a_bad_row_is_named(tokenizer, tmp_path, streaming: bool, line: str, message: str) -> None:
+    good = [json.dumps({"text": f"text {index}"}) for index in range(30)]
+    path = tmp_path / "bad.jsonl"
+    path.write_text("\n".join([*good, line, *good]) + "\n")
+    args = PretrainingArguments(f"{path}[train]", max_length=8, streaming=streaming)
+    with pytest.raises(InputError, match=message):
+        _take(load_pretraining_rows(args, tokenizer, "", 0)["train"], 100)
+    path.write_text("".join(json.dumps({"text": index}) + "\n" for index in range(5)))
+    with pytest.raises(InputError, match="row 0: column 'text' must be text but is int"):
+        _take(load_pretraining_rows(args, tokenizer, "", 0)["train"], 100)
 
 
 def test_random_lengths_hit_their_share(tokenizer, text_file) -> None:
@@ -216,7 +264,7 @@ def test_bad_input_is_refused(checkpoint, tokenizer, chat_file, text_file, tmp_p
     with pytest.raises(InputError, match="dispatch_batches cannot cut up"):
         _train(checkpoint, _numbers(4), tmp_path, 1, accelerator_config={"dispatch_batches": True})
     short = DataArguments(str(chat_file), max_length=8, streaming=True)
-    with pytest.raises(InputError, match="leaves no row to train on"):
+    with pytest.raises(InputError, match=r"\(prompt fills max_length 8: 23\): raise"):
         _take(load_sft_rows(short, tokenizer, "", 0)["train"], 1)
     with pytest.raises(InputError, match="do not fill one row"):
         load_pretraining_rows(PretrainingArguments(str(text_file), max_length=10**6), tokenizer, "", 0)

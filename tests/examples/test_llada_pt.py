@@ -75,6 +75,8 @@ def test_pretrains_from_scratch_and_goes_on_from_the_result(environment) -> None
         (("--streaming", "True"), "give --max_steps"),
         (("--mem_enabled", "True", "--mem_inner_target", "prompt"), "plain text has no prompt"),
         (("--packing", "True", "--mem_enabled", "True", "--mem_scope", "row"), "mem_scope=row and packing"),
+        (("--packing", "True", "--attn_implementation", "flex_attention"), "flex_attention trains on a GPU only"),
+        (("--lora", "True"), "--lora needs weights that were trained before"),
     ],
 )
 def test_wrong_flags_end_with_one_line(environment, flags: tuple[str, ...], message: str) -> None:
@@ -83,6 +85,7 @@ def test_wrong_flags_end_with_one_line(environment, flags: tuple[str, ...], mess
     done = _run(environment, [*command, "--max_length", "64", "--from_scratch", "True"])
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
+    assert "tokenising" not in done.stderr  # refused before anything is loaded
 
 
 def test_a_new_model_depends_on_the_seed_alone(environment) -> None:

@@ -183,7 +183,8 @@ def test_a_job_without_anything_to_save_ends_at_once_and_comes_back(cluster, tmp
     process = cluster.start("--accelerate_config", "cpu", *SFT, "--output_dir", str(tmp_path / "out"))
     wait_until(process, lambda: pathlib.Path(f"{cluster.calls}.began").exists())
     process.send_signal(signal.SIGUSR1)
-    process.communicate(timeout=30)
+    printed, _ = process.communicate(timeout=30)
+    assert "job 1234567 ended after the signal (exit code " in printed and "saved" not in printed
     assert cluster.calls.read_text().splitlines()[-1] == "scontrol requeue 1234567"
 
 

@@ -195,7 +195,46 @@ def test_buckets_of_ddp_are_a_second_copy_unless_the_gradients_live_in_them() ->
     assert beside.buffers == beside.gradients and inside.buffers == 0
 
 
-def test_the_peak_is_the_larger_of_its_two_moments() -> None:
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        # Weights + moments (and float32 copy) + gradients + flat copy of them + float32 copy of that.
+        ({"engine": "zero1", "num_gpus": 2}, 160 + 480 + 80 + 80 + 160),
+        ({"engine": "zero2", "num_gpus": 2}, 160 + 480 + 80 + 80 + 160),
+        ({"engine": "zero2", "num_gpus": 2, "bf16": False}, 320 + 480 + 160 + 160),  # float32 gradients
+        ({"engine": "zero3", "num_gpus": 2}, 80 + 480 + 80 + 80 + 160),
+        ({"engine": "zero3", "num_gpus": 1}, 160 + 960 + 160 + 50 * (2 + 4)),  # moved 50 at a time
+        # Whole gradients at the end of backward are more than the step's shares.
+        ({"engine": "zero1", "num_gpus": 8}, 160 + 120 + 160),
+        ({"engine": "fsdp2", "num_gpus": 4}, 80 + 160 + 80),
+        # With several micro-batches whole bfloat16 gradients, or float32 ones.
+        ({"engine": "fsdp2", "num_gpus": 4, "accumulation": 3}, 80 + 160 + 160),
+        ({"engine": "fsdp2", "num_gpus": 4, "accumulation": 3, "bf16": False}, 80 + 160 + 320),
+    ],
+)
+def test_the_optimizer_step_is_a_moment_of_its_own(monkeypatch, settings: dict, expected: int) -> None:
+    for name in ("activation_memory", "head_memory", "layer_memory", "buffer_memory"):
+        monkeypatch.setattr(memory, name, lambda *_: 0.0)
+    monkeypatch.setattr(memory, "SUB_GROUP", 50)
+    shape = replace(shape_of(_model("llada")), num_parameters=80)
+    found = memory.estimate_memory(shape, _recipe(**{"bf16": True, **settings}))
+    assert found.peak == expected
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_gradients_are_whole_where_not_every_micro_batch_reduces(bf16: bool) -> None:
+    shape, width = shape_of(_model("llada")), 2 if bf16 else 4
+    whole = width * shape.num_parameters
+    for engine, gathers in (("fsdp2", 2), ("zero2", 0), ("zero3", 2)):
+        one, four = (_recipe(engine=engine, num_gpus=8, accumulation=m, bf16=bf16) for m in (1, 4))
+        sent = memory.traffic(shape, four) - memory.traffic(shape, one)
+        reductions = sent / (7 / 8 * whole) / 3 - gathers  # of each further micro-batch
+        held = memory.estimate_memory(shape, four).gradients
+        assert reductions == pytest.approx(0 if engine == "fsdp2" else 1), engine
+        assert held == (whole if engine == "fsdp2" else whole / 8), engine
+
+
+def test_without_deepspeed_the_peak_is_the_larger_of_two_moments() -> None:
     shape = shape_of(_model("llada"))
     recipe = _recipe()
     found = memory.estimate_memory(shape, recipe)
@@ -207,32 +246,53 @@ def test_the_peak_is_the_larger_of_its_two_moments() -> None:
     assert again.peak == lasting + found.gradients + max(found.activations + found.head, layer)
 
 
-def _ring(num_gpus: int, numbers: int) -> tuple[float, float]:
-    """(numbers that one GPU sends in a reduce-scatter, in an all-gather), by playing the ring."""
-    chunk = numbers / num_gpus
-    return sum(chunk for _ in range(num_gpus - 1)), sum(chunk for _ in range(num_gpus - 1))
+def _ring(num_gpus: int, numbers: int) -> float:
+    """Numbers that one GPU sends in a reduce-scatter, and as many in an all-gather, by playing the ring."""
+    return sum(numbers / num_gpus for _ in range(num_gpus - 1))
 
 
 @pytest.mark.parametrize("num_gpus", [2, 8])
 def test_traffic_is_that_of_rings(num_gpus: int) -> None:
     shape = shape_of(_model("llada_moe"))
-    total = shape.num_parameters
-    scatter, gather = (4 * part for part in _ring(num_gpus, total))
-    for engine, expected in (
-        ("ddp", scatter + gather),
-        ("zero1", scatter + gather),
-        ("zero2", 3 * scatter + gather),
-        ("zero3", 3 * (2 * gather + scatter)),
-        ("fsdp2", 3 * 2 * gather + scatter),
+    sent = 4 * _ring(num_gpus, shape.num_parameters)
+    for engine, rounds in (
+        ("ddp", 2),
+        ("zero1", 2),
+        ("zero2", 3 + 1),  # each of three micro-batches reduces
+        ("zero3", 3 * (2 + 1)),
+        ("fsdp2", 3 * 2 + 1),
     ):
         recipe = _recipe(engine=engine, num_gpus=num_gpus, accumulation=3)
-        assert memory.traffic(shape, recipe) == pytest.approx(expected), engine
+        assert memory.traffic(shape, recipe) == pytest.approx(rounds * sent), engine
     # One flat all-reduce of the fast weights' gradients per inner step.
     plain = _recipe(num_gpus=num_gpus)
     fast = shape.num_fast(4, 0.5, memory.GATED)
     more = replace(plain, fast_weight_rank=4, fast_weight_fraction=0.5, inner_steps=3)
     extra = memory.traffic(shape, more) - memory.traffic(shape, plain)
-    assert fast > 0 and extra == pytest.approx(3 * 4 * sum(_ring(num_gpus, fast)))
+    assert fast > 0 and extra == pytest.approx(3 * 4 * 2 * _ring(num_gpus, fast))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        # 7/8 of: all-reduce 2 * 1000 numbers; or reduce-scatter 1000, and gather. bfloat16 is 2 bytes.
+        ({"engine": "ddp", "bf16": True}, 7000),  # float32 weights, hence gradients
+        ({"engine": "ddp", "dtype": "bfloat16"}, 3500),
+        ({"engine": "zero2", "bf16": True, "accumulation": 3}, 7000),  # 3 * 1750 and 1750
+        ({"engine": "zero3", "bf16": True, "accumulation": 3}, 15750),  # 3 * (2 * 1750 + 1750)
+        ({"engine": "fsdp2", "bf16": True, "accumulation": 3}, 12250),  # 3 * 2 * 1750 + 1750
+        # LoRA of 40 numbers: frozen weights are gathered only; 70 bytes of adapter in bfloat16, 140 in float32.
+        ({"engine": "ddp", "bf16": True, "lora_rank": 4}, 280),
+        ({"engine": "zero1", "bf16": True, "lora_rank": 4}, 140),
+        ({"engine": "zero3", "bf16": True, "lora_rank": 4, "accumulation": 3}, 11130),  # 3 * (2 * (1750 + 70) + 70)
+        ({"engine": "fsdp2", "bf16": True, "lora_rank": 4, "accumulation": 3}, 11480),  # 3 * 2 * (1750 + 140) + 140
+        ({"engine": "fsdp2", "lora_rank": 4, "accumulation": 3}, 21980),  # 3 * 2 * (3500 + 140) + 140
+    ],
+)
+def test_what_is_reduced_and_what_is_gathered_have_their_own_sizes(monkeypatch, settings: dict, expected: int) -> None:
+    shape = replace(shape_of(_model("llada"), "all-linear"), num_parameters=1000)
+    monkeypatch.setattr(type(shape), "num_low_rank", lambda *_: 40)
+    assert memory.traffic(shape, _recipe(num_gpus=8, **settings)) == pytest.approx(expected)
 
 
 def test_one_gpu_sends_nothing() -> None:

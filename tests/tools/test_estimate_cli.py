@@ -50,6 +50,15 @@ def test_every_term_of_a_case(run) -> None:
     assert float(row["optimizer"]) == round(12 * number / 8 / 2**30, 2)
     assert float(row["GiB sent per step"]) == round(2 * 7 / 8 * 2 * number / 2**30, 2)
     assert row["fits"] == "yes" and row["length"] == "4,096"
+    # The optimizer step: bfloat16 weights, 12 bytes of float32 and 2 + 2 + 4 of gradients for an eighth of the numbers.
+    assert float(row["peak + overhead"]) == pytest.approx((2 + 12 / 8 + 8 / 8) * number / 2**30 + 2, abs=0.06)
+
+
+def test_the_end_of_the_forward_may_take_more_than_the_step(run) -> None:
+    flags = f"--model_name_or_path {DENSE} --engine zero2 --num_gpus 8 --max_length 32768 --terms True --markdown True"
+    lines = [line for line in run(flags).splitlines() if line.startswith("|")]
+    headings, values = ([cell.strip() for cell in lines[index].strip("|").split("|")] for index in (0, 2))
+    row = dict(zip(headings, values, strict=True))
     parts = sum(float(row[name]) for name in ("weights", "optimizer", "buffers", "activations", "head"))
     assert float(row["peak + overhead"]) == pytest.approx(parts + 2, abs=0.1)
 
@@ -68,6 +77,8 @@ def test_all_leaves_out_what_cannot_be(run) -> None:
         ({"inner_steps": 3}, "--inner_steps has no effect without --fast_weight_rank"),
         ({"loss_share": 0.0}, r"--loss_share must lie in \(0, 1\]"),
         ({"optim": "sgd"}, "--optim 'sgd' is unknown; allowed: adamw, adamw_8bit"),
+        ({"overhead_gib": float("nan")}, "--overhead_gib must be a finite number, got nan"),
+        ({"gpu_memory_gib": float("inf")}, "--gpu_memory_gib must be a finite number, got inf"),
         ({"dtype": "int8"}, "--dtype 'int8' is unknown"),
     ],
 )
@@ -80,6 +91,8 @@ def test_wrong_engines_and_models_are_one_line(run, capsys, tmp_path) -> None:
     for flags, message in (
         (f"--model_name_or_path {DENSE} --engine zero5", "engine 'zero5' is unknown; allowed: ddp"),
         (f"--model_name_or_path {tmp_path}", "config.json of"),
+        ("--model_name_or_path /no/such/model", "there is no folder /no/such/model: give one with a config.json"),
+        ("--model_name_or_path ./absent", "there is no folder ./absent"),
     ):
         with pytest.raises(SystemExit) as stopped:
             run(flags)

@@ -185,6 +185,15 @@ def test_the_dtype_is_the_base_s_or_the_one_asked_for(stored, adapter, tmp_path,
     assert load_model(str(tmp_path / "twice")).dtype == getattr(torch, name)
 
 
+def test_a_float64_base(stored, tmp_path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(stored["llada"], base)
+    wide = {name: tensor.double() for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(wide, base / "model.safetensors", metadata={"format": "pt"})
+    edit(base / "config.json", dtype="float64")
+    assert run(save_adapter(base, tmp_path / "adapter"), tmp_path / "merged").relative <= 1e-4
+
+
 def test_of_a_4bit_base_the_output_says_what_follows(stored, adapter, tmp_path, caplog) -> None:
     record = adapter / "training_args.json"
     for content, said in ((None, "if the adapter was"), ('{"base_in_4bit": true}', "the adapter was"), ("{}", "")):

@@ -1,16 +1,21 @@
 """Checkpoints of a training run: whole or not there, on full disks, with the best one kept, and at a signal."""
 
+import contextlib
+import datetime
 import json
 import os
 import pathlib
 import resource
 import signal
+import types
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
+from accelerate.utils import DeepSpeedPlugin
 
-from dllm.core.trainers import MDLMConfig, MDLMTrainer
+from dllm.core.trainers import MDLMConfig, MDLMTrainer, checkpointing
 from dllm.core.trainers.checkpointing import EXIT_STOPPED
 from dllm.models.auto import load_model, load_tokenizer
 from dllm.models.tiny import make_tiny_checkpoint
@@ -194,6 +199,31 @@ def test_a_final_folder_is_replaced_as_a_whole_or_stays(build, tmp_path) -> None
     assert os.listdir(final) == ["two"]
 
 
+def test_files_of_an_earlier_try_are_not_published(build, tmp_path) -> None:
+    trainer = build(save_strategy="no")
+    final = tmp_path / "run" / "checkpoint-final"
+    left = tmp_path / "run" / STAGING_FOLDER / "checkpoint-final" / "model-00001-of-00002.safetensors"
+    left.parent.mkdir(parents=True)
+    left.write_text("of another try")
+    with trainer.writing_whole(final) as folder:
+        pathlib.Path(folder).mkdir(parents=True)
+        (pathlib.Path(folder) / "one").write_text("one")
+    assert os.listdir(final) == ["one"]
+
+
+def test_processes_wait_for_each_other_as_long_as_asked_and_the_group_ends(build, monkeypatch) -> None:
+    groups, ended = [], []
+    monkeypatch.setattr(checkpointing, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "new_group", lambda **settings: groups.append(settings) or "group")
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", ended.append)
+    stopper = checkpointing.SaveOnSignal()
+    stopper.on_train_begin(MDLMConfig(output_dir="unused", use_cpu=True, ddp_timeout=77), None, None)
+    stopper.close()
+    stopper.close()
+    assert groups == [{"backend": "gloo", "timeout": datetime.timedelta(seconds=77)}] and ended == ["group"]
+
+
 def send(number: signal.Signals):
     return lambda: os.kill(os.getpid(), number)
 
@@ -353,6 +383,24 @@ def test_a_checkpoint_of_another_engine_is_refused_before_training(build, tmp_pa
     path.write_text(path.read_text().replace('"ddp"', '"fsdp2"'))
     with pytest.raises(InputError, match="was saved under fsdp2, and this run uses ddp: launch it with the settings"):
         build(max_steps=4).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "refused"),
+    [
+        ({"zero_stage": 3, "zero3_save_16bit_model": True}, False),
+        ({"zero_stage": 3, "zero3_save_16bit_model": False}, True),
+        ({"hf_ds_config": {"zero_optimization": {"stage": 3}}}, True),
+        ({"zero_stage": 2, "zero3_save_16bit_model": False}, False),
+    ],
+)
+def test_zero3_that_saves_no_weights_is_refused(build, plugin, refused) -> None:
+    trainer = build()
+    made = DeepSpeedPlugin(**plugin)
+    trainer.accelerator = types.SimpleNamespace(state=types.SimpleNamespace(deepspeed_plugin=made))
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(InputError, match="zero3_save_16bit_model: true") if refused else contextlib.nullcontext():
+        trainer._refuse_to_save_no_weights()
 
 
 def test_another_number_of_rows_per_step_is_told(build, caplog) -> None:

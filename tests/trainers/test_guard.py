@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from dllm.core.trainers import MDLMConfig, MDLMTrainer
+from dllm.core.trainers import guard as guard_module
 from dllm.core.trainers.guard import NonFiniteGuard, NonFiniteLoss, flatten_batch
 from dllm.models.auto import load_model, load_tokenizer
 from memdlm import MemDLMConfig, MemDLMTrainer
@@ -156,6 +157,17 @@ def test_weights_that_are_broken_already_are_named(tmp_path) -> None:
         guard.on_pre_optimizer_step(None, types.SimpleNamespace(global_step=6, epoch=0.5), None, model=model)
     report = _saved(tmp_path, 7)[1]
     assert report["nonfinite_weights"] == ["bias"] and report["epoch"] == 0.5
+
+
+def test_under_zero3_nothing_is_claimed_about_the_weights(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(guard_module, "is_deepspeed_zero3_enabled", lambda: True)
+    model = torch.nn.Linear(2, 2)
+    model.weight.data = torch.empty(0)  # what ZeRO-3 leaves in its place
+    guard = _guard(tmp_path)
+    guard.add(torch.tensor(torch.nan), _batch())
+    with pytest.raises(NonFiniteLoss):
+        guard.on_pre_optimizer_step(None, types.SimpleNamespace(global_step=0, epoch=0.0), None, model=model)
+    assert _saved(tmp_path, 1)[1]["nonfinite_weights"] is None
 
 
 def test_a_batch_that_cannot_be_saved_does_not_hide_the_loss(tmp_path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from torch.utils.data import DataLoader
 
 from dllm.utils import (
     DataArguments,
@@ -99,6 +100,15 @@ def test_errors_of_a_script_become_one_line(capsys):
         raise KeyError("x")
     with pytest.raises(ValueError, match="a bug"), one_line_errors():
         raise ValueError("a bug keeps its traceback")
+
+
+def test_an_error_of_a_data_loader_worker_becomes_its_own_line(capsys):
+    def refuse(rows):
+        raise InputError(f"row {rows[0]} is bad: correct it")
+
+    with pytest.raises(SystemExit), one_line_errors():
+        list(DataLoader([7, 8], collate_fn=refuse, num_workers=1))
+    assert capsys.readouterr().err == "row 7 is bad: correct it\n"
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,8 @@ class SaveOnSignal(transformers.TrainerCallback):
         """Begins to listen."""
         self._received, self.stopped_by = 0, None
         # Gloo works on the CPU, whatever the group of the gradients uses.
-        self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
+        if world_size() > 1:
+            self._group = dist.new_group(backend="gloo", timeout=args.ddp_timeout_delta)
         if threading.current_thread() is threading.main_thread():  # Python allows no other thread to listen
             self._before = {one: signal.signal(one, self._receive) for one in STOP_SIGNALS}
 
@@ -94,6 +95,9 @@ class SaveOnSignal(transformers.TrainerCallback):
         for one, handler in self._before.items():
             signal.signal(one, handler)
         self._before = {}
+        if self._group is not None and dist.is_initialized():  # a run that stops has ended all groups
+            dist.destroy_process_group(self._group)
+        self._group = None
 
 
 def _ends_epoch(state: transformers.TrainerState) -> bool:
@@ -126,7 +130,8 @@ class CheckpointingTrainer(transformers.Trainer):
         _run_epoch          a resumed run that had come to its end takes no further step
 
     Raises:
-        InputError: see `resolve_checkpoint` and `check_engine`; a checkpoint that could not be written.
+        InputError: see `resolve_checkpoint` and `check_engine`; a checkpoint that could not be written; ZeRO-3 set to
+            save no weights.
         SystemExit: code 75, after SIGTERM or SIGUSR1 and a checkpoint (`save_on_signal`).
     """
 
@@ -134,6 +139,7 @@ class CheckpointingTrainer(transformers.Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._refuse_to_save_no_weights()
         self._writing: pathlib.Path | None = None  # where checkpoint-N is being written
         self._saved_step: int | None = None  # of the last checkpoint that this run has written
         self._resumed: str | None = None
@@ -152,6 +158,15 @@ class CheckpointingTrainer(transformers.Trainer):
         if self.is_fsdp_enabled:
             return "fsdp2" if plugins.fsdp_plugin.fsdp_version == 2 else "fsdp"
         return "ddp"
+
+    def _refuse_to_save_no_weights(self) -> None:
+        plugins: Any = self.accelerator.state
+        setting = "stage3_gather_16bit_weights_on_model_save"
+        if self.engine == "zero3" and not plugins.deepspeed_plugin.get_value(f"zero_optimization.{setting}", False):
+            raise InputError(
+                "without zero3_save_16bit_model: true in the launcher's settings (in a DeepSpeed configuration "
+                f"{setting}: true) ZeRO-3 saves no model.safetensors: set it"
+            )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """As in Trainer, from a whole checkpoint of this engine; True: the newest one of output_dir."""
@@ -232,6 +247,10 @@ class CheckpointingTrainer(transformers.Trainer):
         target = pathlib.Path(folder)
         staging = target.parent / STAGING_FOLDER / target.name
         try:
+            # Files of another try, of which there may be more, would be published too.
+            if self.args.should_save and staging.exists():
+                shutil.rmtree(staging)
+            self.accelerator.wait_for_everyone()
             yield str(staging)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:

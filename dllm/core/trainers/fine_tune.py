@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from dllm.core.packing import check_packing
 from dllm.core.trainers.engines import will_shard
 from dllm.core.trainers.mdlm import MDLMConfig, MDLMTrainer
 from dllm.core.trainers.rows import refuse_rows
@@ -62,6 +63,8 @@ def fine_tune(
     """
     refuse_rows(trainer_class, training_args, streamed=data_args.streaming, packed=data_args.packing)
     initial_training_setup(model_args, data_args, training_args)
+    if data_args.packing:
+        check_packing(model_args.attn_implementation, training_args.device)
     tokenizer = get_tokenizer(model_args)
     seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
     with main_process_first(per_node=True):

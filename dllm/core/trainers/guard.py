@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import save_file
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dllm.data.collators import Batch
 from dllm.utils.distributed import rank
@@ -88,8 +89,10 @@ class NonFiniteGuard(transformers.TrainerCallback):
         )
 
 
-def _nonfinite_weights(model: Any) -> list[str]:
-    """Names of the weights that are not finite in what this process holds of them."""
+def _nonfinite_weights(model: Any) -> list[str] | None:
+    """Names of the weights that are not finite in what this process holds of them; None, for unknown, under ZeRO-3."""
+    if is_deepspeed_zero3_enabled():  # each weight is an empty tensor there, and its part is padded with anything
+        return None
     from torch.distributed.tensor import DTensor  # takes long to import and is wanted once at most
 
     def own(weight: torch.Tensor) -> torch.Tensor:

@@ -67,6 +67,14 @@ class RowsTrainer(transformers.Trainer):
         self._groups = _Groups()
         self.add_callback(self._groups)
 
+    @classmethod
+    def check_packing(cls, args: TrainingArguments) -> None:
+        """Nothing, if packed rows can be trained on with these settings; for trainers with more of them.
+
+        Raises:
+            InputError: they cannot.
+        """
+
     def get_train_dataloader(self) -> DataLoader:
         """As in Trainer; a stream learns how many rows one step of all processes takes."""
         if isinstance(self.train_dataset, RowStream):
@@ -97,6 +105,8 @@ def refuse_rows(trainer_class: type[RowsTrainer], args: TrainingArguments, *, st
     """
     if packed and not trainer_class.takes_packed_rows:
         raise InputError(f"{trainer_class.__name__} cannot train on packed rows: drop --packing")
+    if packed:
+        trainer_class.check_packing(args)
     if not streamed:
         return
     if not trainer_class.takes_streams:

@@ -10,6 +10,7 @@ The model is built without weights, so that numbers of parameters are exact; the
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,6 +83,9 @@ class EstimateArguments:
                 raise InputError(f"--{name} must lie in (0, 1], got {getattr(self, name)}")
         if not 0 <= self.lora_dropout < 1:
             raise InputError(f"--lora_dropout must lie in [0, 1), got {self.lora_dropout}")
+        for name in ("overhead_gib", "gpu_memory_gib"):
+            if not math.isfinite(getattr(self, name)):
+                raise InputError(f"--{name} must be a finite number, got {getattr(self, name)}")
         if self.fast_weight_rank < 0 or self.overhead_gib < 0 or self.gpu_memory_gib <= 0:
             raise InputError("--fast_weight_rank and --overhead_gib must be at least 0, --gpu_memory_gib above 0")
         self._refuse_idle()

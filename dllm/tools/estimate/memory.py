@@ -22,6 +22,7 @@ QUANTISED = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # per weight: 4 bits, an 8-bit scal
 OPTIMIZER_BLOCK = 256  # numbers that share a float32 scale in the 8-bit optimizer
 BUCKET = 500_000_000  # numbers in DeepSpeed's gradient bucket, its default
 LIVE = 1_000_000_000  # numbers that ZeRO-3 keeps gathered at most, its default
+SUB_GROUP = 1_000_000_000  # numbers that ZeRO-3's optimizer moves at once, its default
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,34 @@ def optimizer_memory(num_trained: int, recipe: Recipe) -> float:
 def trained_bytes(recipe: Recipe) -> int:
     """Bytes of a trained weight, and of its gradient."""
     return recipe.adapter_bytes if recipe.lora_rank else recipe.weight_bytes
+
+
+def reduced_bytes(recipe: Recipe) -> int:
+    """Bytes of a number of a gradient as it is sent, which is as backward made it."""
+    return recipe.compute_bytes if recipe.engine == "fsdp2" and not recipe.lora_rank else trained_bytes(recipe)
+
+
+def gradient_memory(num_trained: int, recipe: Recipe) -> float:
+    """Bytes of all gradients on one GPU.
+
+    ZeRO-2, ZeRO-3 and FSDP2 keep a share of 1 / n. With several micro-batches FSDP2 reduces those of the last alone,
+    as accelerate runs it, and keeps whole gradients until then.
+    """
+    if recipe.engine == "fsdp2" and recipe.num_gpus > 1 and recipe.accumulation > 1:
+        return num_trained * reduced_bytes(recipe)
+    shares = recipe.num_gpus if recipe.engine in (*SHARDED, "zero2") else 1
+    return num_trained * trained_bytes(recipe) / shares
+
+
+def step_memory(num_trained: int, recipe: Recipe) -> float:
+    """Bytes of gradients in the optimizer step of DeepSpeed, at its largest: g m + g c + 4 c.
+
+    That is the share m = P / n of the P trained numbers, g bytes each; of the c numbers that are moved at once a flat
+    copy; and of that a float32 copy, which is none where g = 4. c = m, under ZeRO-3 at most 10^9.
+    """
+    share, own = num_trained / recipe.num_gpus, trained_bytes(recipe)
+    moved = min(share, SUB_GROUP) if recipe.engine == "zero3" else share
+    return own * share + moved * (own + (WIDE if own != WIDE else 0))
 
 
 def norm_memory(width: int, tokens: int, recipe: Recipe, dtype_bytes: int) -> int:
@@ -308,11 +337,12 @@ def buffer_memory(shape: ModelShape, recipe: Recipe) -> float:
 def estimate_memory(shape: ModelShape, recipe: Recipe, roles: tuple[str, ...] = GATED) -> Memory:
     """The terms and the peak.
 
-    Sharding over n GPUs: weights are divided by n under FSDP2 and ZeRO-3, gradients there and under ZeRO-2, the
-    optimizer's state there and under ZeRO-1. What lasts is weights + optimizer + buffers + fast. The peak is the larger
-    of two moments: the end of the forward (all activations and the head, no gradients yet, unless earlier micro-batches
-    left some) and the end of backward (all gradients, the activations of one layer). With checkpointing one layer's
-    activations come on top of the layers' inputs in both.
+    Sharding over n GPUs: weights are divided by n under FSDP2 and ZeRO-3, gradients there and under ZeRO-2 (see
+    `gradient_memory`), the optimizer's state there and under ZeRO-1. What lasts is weights + optimizer + buffers +
+    fast. The peak is the largest of three moments: the end of the forward (all activations and the head, no gradients
+    yet, unless earlier micro-batches left some), the end of backward (all gradients, the activations of one layer), and
+    under DeepSpeed the optimizer step (weights + optimizer + `step_memory`). With checkpointing one layer's activations
+    come on top of the layers' inputs in the first two.
 
     Args:
         shape: the model.
@@ -322,7 +352,7 @@ def estimate_memory(shape: ModelShape, recipe: Recipe, roles: tuple[str, ...] = 
     n, engine = recipe.num_gpus, recipe.engine
     trained = trained_numbers(shape, recipe)
     weights = weight_memory(shape, recipe) / (n if engine in SHARDED else 1)
-    gradients = trained * trained_bytes(recipe) / (n if engine in (*SHARDED, "zero2") else 1)
+    gradients = gradient_memory(trained, recipe)
     optimizer = optimizer_memory(trained, recipe) / (1 if engine == "ddp" else n)
     buffers = buffer_memory(shape, recipe) + copied_memory(shape, recipe)
     fast = fast_memory(shape, recipe, roles)
@@ -333,7 +363,8 @@ def estimate_memory(shape: ModelShape, recipe: Recipe, roles: tuple[str, ...] = 
     held = gradients if recipe.accumulation > 1 or in_buckets else 0
     after_forward = held + activations + (max(head, one_layer) if recipe.checkpointing else head)
     after_backward = gradients + one_layer
-    peak = lasting + max(after_forward, after_backward)
+    in_step = weights + optimizer + step_memory(trained, recipe) if recipe.deepspeed else 0
+    peak = max(lasting + max(after_forward, after_backward), in_step)
     return Memory(weights, gradients, optimizer, buffers, fast, activations, head, peak)
 
 
@@ -345,15 +376,13 @@ def traffic(shape: ModelShape, recipe: Recipe, roles: tuple[str, ...] = GATED) -
         zero1   s G + s W_trained     reduce-scatter, then the new weights are gathered
         zero2   M s G + s W_trained   each micro-batch reduces
         zero3   M (2 s W + s G)       gathered for forward and for backward, frozen weights too
-        fsdp2   2 M s W + s G
+        fsdp2   2 M s W + s G         the last micro-batch reduces
     The memory adds K all-reduces of P float32: M K 2 s 4 P.
     """
     n, micro_batches = recipe.num_gpus, recipe.accumulation
     share = (n - 1) / n
     trained = trained_numbers(shape, recipe)
-    gradients = share * trained * trained_bytes(recipe)
-    if recipe.engine == "fsdp2" and not recipe.lora_rank:
-        gradients = share * trained * recipe.compute_bytes
+    gradients = share * trained * reduced_bytes(recipe)
     gathered = share * (shape.num_parameters * recipe.compute_bytes)
     if recipe.lora_rank:
         gathered += share * trained * trained_bytes(recipe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,9 +120,13 @@ def read_shape(model_name_or_path: str, target_modules: str | None = None) -> Mo
         target_modules: linears with LoRA, as in `LoraSettings`; None: no LoRA.
 
     Raises:
-        InputError: no config.json, an unknown family, or one whose layers are not of the kind above; unknown targets.
+        InputError: no such folder, no config.json, an unknown family, or one whose layers are not of the kind above;
+            unknown targets.
     """
     path = resolve_with_base_env(model_name_or_path, "BASE_MODELS_DIR")
+    # A Hub name has one slash at most, and not in front.
+    if not os.path.exists(path) and (path.startswith((".", "~", os.sep)) or path.count("/") > 1):
+        raise InputError(f"there is no folder {path}: give one with a config.json, the file itself, or a Hub name")
     try:
         config, spec = load_config(path)
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
