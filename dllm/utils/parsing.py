@@ -63,8 +63,9 @@ class _Parser(HfArgumentParser):
 def _prog() -> str | None:
     """What to call the program: `python -m PACKAGE` where it is a package, else None, for the file's name."""
     spec = sys.modules["__main__"].__spec__
-    is_package = spec is not None and pathlib.Path(sys.argv[0]).name == "__main__.py"
-    return f"python -m {spec.parent}" if is_package else None
+    if spec is None or pathlib.Path(sys.argv[0]).name != "__main__.py":
+        return None
+    return f"python -m {spec.parent}"
 
 
 def _explain_unknown(argument: str, known: Sequence[str]) -> str:
