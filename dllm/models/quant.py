@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.bitsandbytes import validate_bnb_backend_availability
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils.import_utils import is_bitsandbytes_available
 
 from dllm.models.checkpoint import one_line
