@@ -24,6 +24,11 @@ while (($#)); do
     shift
 done
 
+if ((distributed)) && ! command -v g++ >/dev/null; then
+    echo "installing g++: DeepSpeed compiles an operator for CPUs with it"
+    apt-get install --yes g++ || die "the distributed tests need g++: install it (Debian, Ubuntu: apt-get install g++)"
+fi
+
 ensure_env dev quant eval deepspeed
 
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
